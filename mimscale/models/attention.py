@@ -1,0 +1,108 @@
+"""Window attention of SwinV2: cosine similarity, a learnt scale per head, a log-spaced continuous position bias."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mimscale.models.layers import Linear, QkvLinear
+
+SCALE_START = 10.0
+SCALE_LIMIT = 100.0
+BIAS_RANGE = 16.0
+# What the released code adds to the logits of pairs that the shift must keep apart.
+REGION_PENALTY = -100.0
+# Large enough to vanish from any softmax, finite so that a window of nothing but padding gives no NaN.
+PADDING_PENALTY = -1e4
+
+
+class Positions(NamedTuple):
+    """What attention needs to know of one way of cutting windows.
+
+    Attributes:
+        offsets: (T, 2) log-spaced relative positions, fp32 or fp64.
+        index: (N * N,) rows of that table for every pair of tokens.
+        penalty: (windows, 1, N, N) added to the logits, or None.
+        tokens: N.
+    """
+
+    offsets: torch.Tensor
+    index: torch.Tensor
+    penalty: torch.Tensor | None
+    tokens: int
+
+
+def log_spaced(offsets: torch.Tensor, reference: tuple[int, int]) -> torch.Tensor:
+    """Space relative positions logarithmically (SwinV2, section 3.3).
+
+    Args:
+        offsets: (T, 2) relative positions in tokens, any floating dtype.
+        reference: (rows, columns) of the window at pre-training, which is mapped to [-8, 8].
+
+    Returns:
+        sign(x) * log2(1 + |x|) / log2(8), (T, 2).
+    """
+    span = offsets.new_tensor([max(reference[0] - 1, 1), max(reference[1] - 1, 1)])
+    x = offsets / span * 8
+    return torch.sign(x) * torch.log2(x.abs() + 1) / math.log2(8)
+
+
+class PositionLinear(Linear):
+    """A linear layer of the bias MLP, computed in fp32 at least: the table is tiny and its precision is not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (T, in) to (T, out), both in fp32 or fp64."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows (SwinV2, section 3.2 and 3.3).
+
+    Args:
+        dim: channels C.
+        num_heads: heads, a divisor of C.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(SCALE_START)))
+        self.cpb_mlp = nn.Sequential(
+            PositionLinear(2, 512), nn.ReLU(inplace=True), PositionLinear(512, num_heads, bias=False)
+        )
+        self.qkv = QkvLinear(dim)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = Linear(dim, dim)
+
+    def position_bias(self, positions: Positions) -> torch.Tensor:
+        """Evaluate the position bias, 16 * sigmoid(MLP), as (heads, N, N) in fp32 or fp64."""
+        table = BIAS_RANGE * torch.sigmoid(self.cpb_mlp(positions.offsets))
+        return table.index_select(0, positions.index).view(positions.tokens, positions.tokens, -1).permute(2, 0, 1)
+
+    def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Attend within windows.
+
+        Args:
+            x: (B * windows, N, C), window after window.
+            positions: of the way the windows are cut.
+
+        Returns:
+            (B * windows, N, C)
+        """
+        groups, tokens, dim = x.shape
+        qkv = self.qkv(x, torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)))
+        q, k, v = qkv.view(groups, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        # The scale is folded into q: one product over the queries in place of one over the logits.
+        scale = self.logit_scale.clamp(max=math.log(SCALE_LIMIT)).exp()
+        q = F.normalize(q, dim=-1) * scale
+        k = F.normalize(k, dim=-1)
+        logits = q @ k.transpose(-2, -1) + self.position_bias(positions)
+        if positions.penalty is not None:
+            logits = logits.view(-1, len(positions.penalty), self.num_heads, tokens, tokens) + positions.penalty
+            logits = logits.view(groups, self.num_heads, tokens, tokens)
+        weights = logits.softmax(dim=-1).to(v.dtype)
+        return self.proj((weights @ v).transpose(1, 2).reshape(groups, tokens, dim))

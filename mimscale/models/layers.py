@@ -1,0 +1,78 @@
+"""The layers that own parameters, each of which sets its own starting values.
+
+``deepspeed.zero.Init`` partitions the parameters of a module when that module's own constructor returns. A sweep over the
+finished model (``model.apply(init)``) then writes to empty placeholders and is silently lost. So there is no sweep: every
+layer draws its weights in its own constructor, from torch's default generator, in the order of construction.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+WEIGHT_STD = 0.02
+
+
+def trunc_normal(parameter: torch.Tensor, std: float = WEIGHT_STD) -> None:
+    """Fill ``parameter`` from a normal distribution cut at ±2, drawn in fp32 whatever its dtype.
+
+    The same seed so gives the same weights, up to rounding, for a model that is built in bf16.
+    """
+    with torch.no_grad():
+        drawn = parameter.float()  # the same storage where the parameter is fp32 already
+        nn.init.trunc_normal_(drawn, std=std)
+        if drawn.data_ptr() != parameter.data_ptr() or drawn.dtype != parameter.dtype:
+            parameter.copy_(drawn)
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts at trunc_normal(0.02) with a zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values; called by the constructor."""
+        trunc_normal(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class QkvLinear(Linear):
+    """One matrix for queries, keys and values; the bias, which keys do without, belongs to the attention module."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 3 * dim, bias=False)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Map (..., C) to (..., 3C), adding ``bias`` (3C,)."""
+        return F.linear(x, self.weight, bias)
+
+
+class ZeroLayerNorm(nn.LayerNorm):
+    """A layer norm whose weight starts at 0, so that a residual branch that ends in it starts as nothing."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values; called by the constructor."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, applied to patches that are cut out already: one matrix product."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Map patches (B, L, in_channels * patch * patch), in any dtype, to (B, L, out_channels) in the weights' dtype."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., C) to (..., C)."""
+        return self.fc2(F.gelu(self.fc1(x)))

@@ -1,0 +1,454 @@
+"""Swin Transformer V2, in the names of the released weights and in timm's dialect.
+
+Image to feature map, as in the paper's Table 1 models: patch embedding and norm, mask token, four stages of blocks whose
+residual branches end in a norm, patch merging between stages, final norm. Tokens are kept in window order throughout
+(see ``windows``), and everything that is drawn at random is drawn once, before the blocks.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint
+
+from mimscale.models.attention import Positions, WindowAttention
+from mimscale.models.drop_path import keep_scales
+from mimscale.models.layers import Linear, Mlp, PatchProjection, ZeroLayerNorm, trunc_normal
+from mimscale.models.swin_plan import MapPlan, PlanCache
+from mimscale.models.windows import clip_window
+
+Checkpoint = Callable[..., torch.Tensor]
+
+
+def checkpoint_whole(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """Recompute ``function`` in the backward pass, from beginning to end.
+
+    torch would stop the recomputation at the last tensor it needs; ZeRO-3 has to see every module through, or it
+    keeps parameters gathered.
+    """
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+class SwinBlock(nn.Module):
+    """Attention and MLP, each a residual branch that ends in a norm (SwinV2, section 3.2: residual post-norm).
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over C.
+        extra_norm: end in one more norm, on the main branch (SwinV2's huge and giant models).
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, extra_norm: bool = False):
+        super().__init__()
+        self.norm1 = ZeroLayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads)
+        self.norm2 = ZeroLayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
+        self.checkpoint_attention: Checkpoint | None = None
+
+    def attention_branch(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Attend within windows and norm: (B, L, C) to (B, L, C), tokens in window order."""
+        tokens = positions.tokens
+        return self.norm1(self.attn(x.reshape(-1, tokens, x.shape[-1]), positions).view_as(x))
+
+    def forward(self, x: torch.Tensor, positions: Positions, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the block.
+
+        Args:
+            x: (B, L, C), tokens in window order.
+            positions: of the way the windows are cut.
+            scales: (2, B, 1, 1) drop-path factors of the two branches, or None to keep both.
+
+        Returns:
+            (B, L, C)
+        """
+        branch = partial(self.attention_branch, positions=positions)
+        attended = self.checkpoint_attention(branch, x) if self.checkpoint_attention else branch(x)
+        x = torch.add(x, attended) if scales is None else torch.addcmul(x, attended, scales[0])
+        mixed = self.norm2(self.mlp(x))
+        x = torch.add(x, mixed) if scales is None else torch.addcmul(x, mixed, scales[1])
+        return x if self.norm3 is None else self.norm3(x)
+
+
+class PatchMerging(nn.Module):
+    """Join 2 x 2 tokens into one of twice the width: reduce first, norm after."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, L, C), the tokens to join following each other, to (B, L / 4, 2C)."""
+        batch, length, dim = x.shape
+        return self.norm(self.reduction(x.reshape(batch, length // 4, 4 * dim)))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: a linear projection and a norm."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchProjection(in_chans, embed_dim, patch_size)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def cut(self, images: torch.Tensor) -> torch.Tensor:
+        """Cut images (B, 3, H, W) into patches (B, L, 3 * patch * patch), row by row."""
+        batch, channels, height, width = images.shape
+        p = self.patch_size
+        patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(batch, -1, channels * p * p)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Embed patches (B, L, 3 * patch * patch) as tokens (B, L, C)."""
+        return self.norm(self.proj(patches))
+
+
+class SwinStage(nn.Module):
+    """The blocks of one resolution, and the merging that leaves it."""
+
+    def __init__(self, blocks: list[SwinBlock], downsample: PatchMerging | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+class SwinTransformerV2(nn.Module):
+    """Swin Transformer V2 (the paper's Table 1 and section 3.2).
+
+    Args:
+        img_size: height and width of the images, one number where they are equal.
+        window_size: of the attention, in tokens; clipped where a stage's map is smaller.
+        pretrained_window_size: window at pre-training, where it differed: one number, or one for each stage. 0: the same.
+        drop_path: drop rate of the last block; rates rise linearly from 0.
+        num_classes: outputs of the classifier; 0 for none.
+        embed_dim: channels of the first stage.
+        depths: blocks of each stage.
+        num_heads: heads of each stage.
+        mlp_ratio: hidden width of the MLPs over their width.
+        patch_size: side of a patch, in pixels.
+        in_chans: channels of the images.
+        mask_token: own the token that stands for hidden patches; False for transfer.
+        extra_norm_every: end every so-manieth block in one more norm; 0 for none.
+        pad_windows: pad maps that the window does not divide, in place of raising.
+
+    Raises:
+        ValueError: sizes that do not divide; the message says which would fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 192,
+        window_size: int = 12,
+        pretrained_window_size: int | Sequence[int] = 0,
+        drop_path: float = 0.1,
+        num_classes: int = 0,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        mask_token: bool = True,
+        extra_norm_every: int = 0,
+        pad_windows: bool = False,
+    ):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_sizes((height, width), window_size, embed_dim, depths, num_heads, patch_size, pad_windows)
+        self.img_size, self.window_size, self.patch_size = (height, width), window_size, patch_size
+        self.embed_dim, self.depths, self.num_heads = embed_dim, tuple(depths), tuple(num_heads)
+        self.in_chans, self.drop_path, self.num_classes = in_chans, drop_path, num_classes
+        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.references = reference_windows(
+            (height // patch_size, width // patch_size), window_size, pretrained_window_size, len(depths)
+        )
+        self.feature_info = [
+            {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"layers.{i}"}
+            for i in range(len(depths))
+        ]
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            trunc_normal(self.mask_token)
+        else:
+            self.register_parameter("mask_token", None)
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            blocks = [
+                SwinBlock(dim, num_heads[i], mlp_ratio, bool(extra_norm_every) and (j + 1) % extra_norm_every == 0)
+                for j in range(depth)
+            ]
+            self.layers.append(SwinStage(blocks, PatchMerging(dim) if i + 1 < len(depths) else None))
+        self.norm = nn.LayerNorm(self.num_features)
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            self.head = Linear(self.num_features, num_classes)
+        depth = sum(depths)
+        rates = [drop_path * block / max(depth - 1, 1) for block in range(depth) for _ in range(2)]
+        self.drop_rates = rates if drop_path else None
+        self._plans = PlanCache()
+        self._checkpoints: list[Checkpoint | None] = [None] * depth
+
+    # --- images to features ---------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        draw_keys: torch.Tensor | None = None,
+        output: str = "logits",
+    ) -> Any:
+        """Run the encoder; every use goes through here, so that ZeRO-3 gathers the parameters it owns.
+
+        Args:
+            images: (B, 3, H, W), normalised, any floating dtype; H and W multiples of the patch.
+            mask: (B, H/32, W/32) bool, True where the mask token replaces the patches; or None.
+            draw_keys: (B,) int64 that the drop-path decisions derive from; None draws from torch's generator.
+            output: "logits" (B, num_classes), or pooled features (B, 8C) where there is no classifier; "map"
+                (B, 8C, H/32, W/32) after the final norm; "pyramid" a list of each stage's map, before the final norm.
+
+        Returns:
+            As ``output`` says.
+
+        Raises:
+            ValueError: an image, mask or key of the wrong shape.
+        """
+        if output not in ("logits", "map", "pyramid"):
+            raise ValueError(f'output is "logits", "map" or "pyramid", not "{output}"')
+        maps = self._stages(images, mask, draw_keys, every=output == "pyramid")
+        if output == "pyramid":
+            return [_channels_first(x, size) for x, size in maps]
+        x, size = maps[-1]
+        x = self.norm(x)
+        return _channels_first(x, size) if output == "map" else self.head(x.mean(dim=1))
+
+    def _stages(
+        self, images: torch.Tensor, mask: torch.Tensor | None, draw_keys: torch.Tensor | None, every: bool
+    ) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        """Run all blocks; tokens (B, L, C), row by row, and map size: of the last stage, or of every stage."""
+        plan = self._plan(images)
+        x = self.patch_embed(plan.enter(self.patch_embed.cut(images)))
+        if mask is not None:
+            x = torch.where(plan.spread_mask(mask, images.shape), self._token(), x)
+        scales = None
+        if self.training and self.drop_rates:
+            scales = keep_scales(self.drop_rates, len(images), draw_keys, images.device).to(x.dtype)
+        maps, block_index = [], 0
+        for layer, stage in zip(self.layers, plan.stages, strict=True):
+            for j, block in enumerate(layer.blocks):  # type: ignore[arg-type]
+                if j:
+                    x = stage.moves[j % 2](x)
+                drawn = None if scales is None else scales[2 * block_index : 2 * block_index + 2]
+                run = partial(block, positions=stage.positions[j % 2], scales=drawn)
+                checkpoint = self._checkpoints[block_index] if torch.is_grad_enabled() else None
+                x = checkpoint(run, x) if checkpoint else run(x)
+                block_index += 1
+            last = (len(layer.blocks) - 1) % 2  # type: ignore[arg-type]
+            if every or layer.downsample is None:
+                maps.append((stage.leave[last](x), stage.size))
+            if layer.downsample is not None:
+                x = layer.downsample(stage.merge[last](x))  # type: ignore[operator]
+        return maps
+
+    def _token(self) -> torch.Tensor:
+        if self.mask_token is None:
+            raise ValueError("this encoder was made with mask_token=False, so it takes no mask")
+        return self.mask_token
+
+    def _plan(self, images: torch.Tensor) -> MapPlan:
+        height, width = images.shape[-2:]
+        p = self.patch_size
+        if images.ndim != 4 or images.shape[1] != self.in_chans or height % p or width % p:
+            raise ValueError(
+                f"images must be (B, {self.in_chans}, H, W) with H and W multiples of the patch size {p}, "
+                f"not {tuple(images.shape)}"
+            )
+        dtype = torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
+        return self._plans.get(self, (height // p, width // p), images.device, dtype)
+
+    # --- timm's dialect -------------------------------------------------------------------------------------------
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (B, 3, H, W) to features (B, H/32, W/32, 8C) after the final norm, as timm does."""
+        return self(images, output="map").permute(0, 2, 3, 1)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool features (B, h, w, 8C) and classify: (B, num_classes); (B, 8C) with ``pre_logits``."""
+        x = x.mean(dim=(1, 2))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        images: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Give the maps of stages, as timm does.
+
+        Args:
+            images: (B, 3, H, W).
+            indices: which stages; a number means the last so many, None all.
+            norm: apply the final norm to the last stage's map.
+            intermediates_only: leave out the features after the final norm.
+
+        Returns:
+            A list of maps (B, C, h, w), or (features (B, h, w, 8C), that list).
+        """
+        count = len(self.layers)
+        wanted = range(count) if indices is None else indices
+        wanted = range(count - wanted, count) if isinstance(wanted, int) else [i % count for i in wanted]
+        maps = self(images, output="pyramid")
+        final = None
+        if norm or not intermediates_only:
+            final = self.norm(maps[-1].permute(0, 2, 3, 1))
+            maps = [*maps[:-1], final.permute(0, 3, 1, 2)] if norm else maps
+        chosen = [maps[i] for i in wanted]
+        return chosen if intermediates_only else (final, chosen)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters with more than one dimension that weight decay leaves alone (the paper's intent)."""
+        return {n for n, _ in self.named_parameters() if n == "mask_token" or "cpb_mlp" in n or "logit_scale" in n}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Group parameters into layers: patch embedding, each block, then norm and head together.
+
+        A merging layer belongs to the last block of its stage.
+        """
+        merging = [(rf"^layers\.({i})\.downsample", (depth - 1,)) for i, depth in enumerate(self.depths)]
+        blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), *merging]
+        return {"stem": r"^(patch_embed|mask_token)", "blocks": blocks}
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one with ``num_classes`` outputs; 0 for none.
+
+        Raises:
+            ValueError: pooling other than "avg".
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f'SwinV2 pools by "avg", not "{global_pool}"')
+        self.num_classes = num_classes
+        weight = self.norm.weight
+        self.head = (
+            Linear(self.num_features, num_classes).to(weight.device, weight.dtype) if num_classes else nn.Identity()
+        )
+
+    def set_grad_checkpointing(
+        self,
+        enable: bool = True,
+        every: int = 1,
+        attention_only: bool = False,
+        checkpoint_fn: Checkpoint | None = None,
+    ) -> None:
+        """Recompute blocks in the backward pass in place of storing their activations.
+
+        Args:
+            enable: False stores everything.
+            every: recompute every so-manieth block.
+            attention_only: recompute only the attention branch of those blocks.
+            checkpoint_fn: called as ``checkpoint_fn(function, x)``; by default torch's, run to the end.
+
+        Raises:
+            ValueError: ``every`` below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every must be 1 or more, not {every}")
+        run = checkpoint_fn or checkpoint_whole
+        blocks = [block for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
+        for index, block in enumerate(blocks):
+            chosen = run if enable and index % every == 0 else None
+            self._checkpoints[index] = None if attention_only else chosen
+            block.checkpoint_attention = chosen if attention_only else None  # type: ignore[union-attr]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
+        for layer in self.layers:
+            for block in layer.blocks:  # type: ignore[union-attr]
+                block.compile(**options)
+
+
+def _channels_first(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Turn tokens (B, L, C), row by row, into a map (B, C, H, W)."""
+    return x.transpose(1, 2).reshape(len(x), -1, *size)
+
+
+def reference_windows(
+    grid: tuple[int, int], window: int, pretrained: int | Sequence[int], stages: int
+) -> list[tuple[int, int]]:
+    """Work out the window, for each stage, that the position bias was trained in.
+
+    One number for ``pretrained`` means windows that were clipped at pre-training wherever they are clipped now, and by the
+    same share: at 224 px with window 14, 12 means 12-12-12-6.
+
+    Raises:
+        ValueError: not one number, nor one for each stage.
+    """
+    if not isinstance(pretrained, int) and len(pretrained) != stages:
+        raise ValueError(f"pretrained_window_size takes one number or {stages}, one for each stage, not {pretrained!r}")
+    references = []
+    for i in range(stages):
+        size = clip_window(-(-grid[0] // 2**i), -(-grid[1] // 2**i), window, shifted=False).size
+        before = pretrained if isinstance(pretrained, int) else pretrained[i]
+        if not before:
+            references.append(size)
+        elif isinstance(pretrained, int):
+            references.append((max(1, round(before * size[0] / window)), max(1, round(before * size[1] / window))))
+        else:
+            references.append((before, before))
+    return references
+
+
+def check_sizes(
+    image: tuple[int, int],
+    window: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    patch: int,
+    pad_windows: bool,
+) -> None:
+    """Check that heads divide widths, and that patches, merging and windows divide the image.
+
+    Raises:
+        ValueError: naming what does not divide, and what would fit.
+    """
+    if len(depths) != len(num_heads):
+        raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} must have one entry a stage each")
+    for i, heads in enumerate(num_heads):
+        dim = embed_dim * 2**i
+        if heads < 1 or dim % heads:
+            fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h >= 8]
+            nearest = sorted(sorted(fits, key=lambda h: abs(h - heads))[:3])
+            raise ValueError(f"{heads} heads do not divide the {dim} channels of stage {i + 1}; {nearest} would")
+    if pad_windows:
+        return
+    stride = patch * 2 ** (len(depths) - 1)
+
+    def fits_image(side: int, window: int) -> bool:
+        maps = [side // patch // 2**i for i in range(len(depths))]
+        return side > 0 and side % stride == 0 and all(m <= window or m % window == 0 for m in maps)
+
+    for side in image:
+        if not fits_image(side, window):
+            sides = sorted(range(stride, 4 * side + 32 * stride, stride), key=lambda s: abs(s - side))
+            windows = sorted(range(2, 4 * window), key=lambda w: abs(w - window))
+            near_sides = sorted([s for s in sides if fits_image(s, window)][:2])
+            near_windows = sorted([w for w in windows if fits_image(side, w)][:3])
+            instead = f"; at img_size {side}, window_size {near_windows} would" if near_windows else ""
+            raise ValueError(
+                f"img_size {side} does not fit window_size {window} (patch {patch}, {len(depths)} stages: every map must "
+                f"be whole windows, or fit inside one): img_size {near_sides} would{instead}; pad_windows=True pads"
+            )
