@@ -1,0 +1,33 @@
+"""Shards of images: what is in them, in which order they come, and the batches made of them. Stands alone: no DeepSpeed, no models.
+
+Names are imported on first use, so that building shards does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mimscale.data.errors import DamagedSample, ShardError
+
+if TYPE_CHECKING:
+    from mimscale.data.index import ShardIndex
+    from mimscale.data.order import SampleOrder
+    from mimscale.data.stream import MIMBatch, MIMStream
+    from mimscale.data.validation import ValidationStream
+
+_HOME = {
+    "MIMBatch": "stream",
+    "MIMStream": "stream",
+    "SampleOrder": "order",
+    "ShardIndex": "index",
+    "ValidationStream": "validation",
+}
+
+__all__ = ["DamagedSample", "MIMBatch", "MIMStream", "SampleOrder", "ShardError", "ShardIndex", "ValidationStream"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,182 @@
+"""Bytes to RGB pixels, and the cheaper question whether bytes are an image at all.
+
+JPEGs go through libjpeg-turbo; PNGs, and whatever libjpeg-turbo will not turn into RGB (CMYK, lossless, odd sampling), through
+Pillow. Nothing is allocated before the header's size has been looked at.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from mimscale.data.errors import DamagedSample
+
+# 300 MB of RGB. The largest photographs in ImageNet-22K are a quarter of this; a 65,500 x 65,500 JPEG would ask for 13 GB.
+MAX_PIXELS = 100_000_000
+
+JPEG, PNG, OTHER = 0, 1, 2
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"IEND\xaeB`\x82"
+# Baseline, extended and progressive Huffman: what libjpeg-turbo and Pillow both decode.
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
+_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise DamagedSample(f"its header gives a size of {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise DamagedSample(f"its header asks for {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
+
+
+def decode_jpeg_strictly(data: bytes) -> np.ndarray:
+    """A JPEG in which libjpeg-turbo finds nothing at all to complain of, as uint8 (height, width, 3).
+
+    Raises:
+        DamagedSample: too large.
+        ValueError: anything it complains of, harmless or not, or colours it does not turn into RGB.
+    """
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height)
+    if colours in ("CMYK", "YCCK"):
+        raise ValueError("CMYK")
+    return simplejpeg.decode_jpeg(data, "RGB")
+
+
+def decode_leniently(data: bytes) -> np.ndarray:
+    """Whatever Pillow makes of the bytes, as uint8 (height, width, 3): stray bytes between markers are not an error, an early end is.
+
+    Raises:
+        DamagedSample: not an image, cut short, or too large.
+    """
+    try:
+        # A broken EXIF block is reported by Pillow as a warning; the pixels are unharmed.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(*image.size)
+                if image.mode.startswith("I"):
+                    # 16 bits a pixel: Pillow's own conversion clips instead of scaling.
+                    grey = np.clip(np.asarray(image, np.int64), 0, 65535) // 257
+                    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+                return np.array(image.convert("RGB"))
+    except DamagedSample:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
+        raise DamagedSample(f"cannot be decoded: {error}") from None
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Image bytes as uint8 (height, width, 3).
+
+    Raises:
+        DamagedSample: not an image, cut short, or too large.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            return decode_jpeg_strictly(data)
+        except DamagedSample:
+            raise
+        except ValueError:
+            pass
+    return decode_leniently(data)
+
+
+Read = Callable[[int, int], bytes]
+
+
+def _jpeg_size(read: Read, size: int) -> tuple[int, int]:
+    """(width, height) from a JPEG's frame header, with every segment up to the first scan walked.
+
+    Raises:
+        ValueError: no frame header that libjpeg-turbo decodes before the first scan.
+    """
+    head, start = read(0, min(size, 4096)), 0
+    at, found = 2, None
+    while True:
+        if at + 10 > start + len(head):
+            head, start = read(at, min(size - at, 4096)), at
+            if len(head) < 4:
+                raise ValueError("no scan before its end")
+        i = at - start
+        if head[i] != 0xFF:
+            raise ValueError(f"no marker at byte {at}")
+        marker = head[i + 1]
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            at += 2
+            continue
+        length = head[i + 2] << 8 | head[i + 3]
+        if length < 2 or at + 2 + length > size:
+            raise ValueError(f"a segment at byte {at} runs past its end")
+        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
+            if marker not in _JPEG_FRAMES or head[i + 4] != 8:
+                raise ValueError("a kind of JPEG that needs another decoder")
+            found = (head[i + 7] << 8 | head[i + 8], head[i + 5] << 8 | head[i + 6])
+        elif marker == 0xDA:
+            if found is None:
+                raise ValueError("a scan before the frame header")
+            return found
+        elif marker == 0xD9:
+            raise ValueError("no scan before its end")
+        at += 2 + length
+
+
+def identify(read: Read, size: int) -> int:
+    """Which kind of image lies behind ``read``, from its structure where that is enough and by decoding it where it is not.
+
+    A JPEG whose segments hold together up to the first scan and whose last bytes are its end marker is taken at its
+    word: that costs microseconds and catches cut files. Anything else is decoded.
+
+    Args:
+        read: read(offset, length) gives those bytes of the image.
+        size: how many bytes there are.
+
+    Returns:
+        JPEG, PNG, or OTHER for a format that must be rewritten to be stored.
+
+    Raises:
+        DamagedSample: not an image, cut short, or too large.
+    """
+    if size == 0:
+        raise DamagedSample("has no bytes")
+    magic = read(0, min(size, 8))
+    if magic[:2] == b"\xff\xd8":
+        try:
+            _check_size(*_jpeg_size(read, size))
+            if read(size - 2, 2) == b"\xff\xd9":
+                return JPEG
+        except DamagedSample:
+            raise
+        except (ValueError, IndexError):
+            pass
+        decode_rgb(read(0, size))
+        return JPEG
+    data = read(0, size)
+    if magic == _PNG_MAGIC and size >= 33:
+        _check_size(*struct.unpack(">II", data[16:24]))
+        decode_leniently(data)
+        if _PNG_END not in data:
+            raise DamagedSample("a PNG without its end")
+        return PNG
+    decode_leniently(data)
+    return OTHER
+
+
+def as_png(data: bytes) -> bytes:
+    """Any decodable image, rewritten as an RGB PNG without loss.
+
+    Raises:
+        DamagedSample: it does not decode.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(decode_rgb(data)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,315 @@
+"""A shard folder, opened for reading: which samples a fraction has, and the bytes of each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimscale.data import strata
+from mimscale.data.errors import DamagedSample, ShardError
+from mimscale.data.shard_format import INDEX_NAME, SUFFIXES, TABLE_NAME, WORK_FOLDER, Index, Shard, table_dtype
+from mimscale.data.tar import BLOCK, TarError, parse_header
+
+_MAX_OPEN_SHARDS = 64
+
+
+class ShardIndex:
+    """The samples of a shard folder; make one with :meth:`load`.
+
+    Cheap to pickle: only the index travels, the sample table and the tars are opened again where they are first read.
+
+    Attributes:
+        root: the folder.
+        content: what ``index.json`` says.
+    """
+
+    def __init__(self, root: Path, content: Index):
+        self.root = root
+        self.content = content
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._owner = os.getpid()
+
+    @classmethod
+    def load(cls, root: str | Path) -> ShardIndex:
+        """Open a shard folder and check that its files are those the index was written for (sizes, and the table's SHA-256).
+
+        Raises:
+            ShardError: no folder, an unfinished build, or an index that does not match its files; names the file and what to do.
+        """
+        index = cls.load_unchecked(root)
+        index._check_tars()
+        index.check_table()
+        return index
+
+    @classmethod
+    def load_unchecked(cls, root: str | Path) -> ShardIndex:
+        """Open a shard folder without looking at anything but its index, to find out what is wrong with the rest.
+
+        Raises:
+            ShardError: no folder, or no usable index in it.
+        """
+        root = Path(root)
+        return cls(root, _read_index(root))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "content": self.content}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"], state["content"])  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        if getattr(self, "_owner", None) == os.getpid():
+            self.close()
+
+    def close(self) -> None:
+        """Close the tars that are open; the next read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _check_tars(self) -> None:
+        for shard in self.content.shards:
+            path = self.root / shard.file
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise ShardError(
+                    f"{path} is missing, but the index lists it: index does not match its tars; restore it or build again"
+                ) from None
+            if size != shard.bytes:
+                raise ShardError(
+                    f"{path} has {size:,} bytes and the index says {shard.bytes:,}: index does not match its tars; "
+                    f"restore it or build again"
+                )
+
+    def check_table(self) -> None:
+        """Raise ShardError unless the sample table is the one that the index was written with."""
+        path = self.root / TABLE_NAME
+        again = "restore it, or build again"
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            raise ShardError(f"{path} is missing, but the index needs it: {again}") from None
+        if digest != self.content.table_sha256:
+            raise ShardError(f"{path} is not the sample table that the index was written with: {again}")
+        if self._table.shape != (self.content.samples,) or self._table.dtype != table_dtype(self.content.key_bytes):
+            raise ShardError(f"{path} does not have the rows that the index says: {again}")
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        return np.load(self.root / TABLE_NAME, mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """(shards + 1,) first sample of each shard."""
+        return np.concatenate([[0], np.cumsum([shard.samples for shard in self.content.shards], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        """Samples of all splits together."""
+        return self.content.samples
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; a label is a position in this list."""
+        return self.content.classes
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Every tar of the set."""
+        return self.content.shards
+
+    @property
+    def fractions(self) -> list[str]:
+        """Names that :meth:`samples` takes: "10" to "100", the views, "val" where there is one."""
+        return [*self.content.fractions, *self.content.views]
+
+    def _require(self, fraction: str) -> str:
+        fraction = str(fraction)
+        if fraction not in self.content.fractions and fraction not in self.content.views:
+            raise ShardError(f"{self.root} has no fraction {fraction!r}; it has {', '.join(self.fractions)}")
+        return fraction
+
+    def shard_files(self, fraction: str) -> list[Path]:
+        """The tars that hold a fraction and, unless it is a view, nothing else: what a stock WebDataset reader takes.
+
+        Raises:
+            ShardError: no such fraction.
+        """
+        fraction = self._require(fraction)
+        if fraction in self.content.fractions:
+            return [self.root / file for file in self.content.fractions[fraction]]
+        used = np.unique(self._table["shard"][self.samples(fraction)])
+        return [self.root / self.shards[number].file for number in used]
+
+    def samples(self, fraction: str) -> np.ndarray:
+        """Ids of the samples of a fraction, ascending, int64.
+
+        Raises:
+            ShardError: no such fraction.
+        """
+        fraction = self._require(fraction)
+        if fraction in self.content.fractions:
+            files = set(self.content.fractions[fraction])
+            pieces = [
+                np.arange(self._starts[n], self._starts[n + 1])
+                for n, shard in enumerate(self.shards)
+                if shard.file in files
+            ]
+            return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        view = self.content.views[fraction]
+        train = self.samples("100")
+        labels = self.labels(train)
+        if view.classes is not None:
+            return train[np.isin(labels, view.classes)]
+        # By key and not by place, so that the view does not depend on the strata that the tars happen to have.
+        by_key = np.argsort(self._table["key"][train], kind="stable")
+        chosen = strata.assign(labels[by_key], (int(view.percent or 0),), view.seed) == 0
+        return np.sort(train[by_key[chosen]])
+
+    def key(self, sample: int) -> str:
+        """The key of a sample, ``class/name``."""
+        return self._table["key"][sample].decode()
+
+    def keys(self, samples: np.ndarray) -> list[str]:
+        """The keys of many samples."""
+        return [key.decode() for key in self._table["key"][samples].tolist()]
+
+    def label(self, sample: int) -> int:
+        """The class of a sample, -1 if it has none."""
+        return int(self._table["label"][sample])
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """The classes of many samples, int64."""
+        return self._table["label"][samples].astype(np.int64)
+
+    def offset(self, sample: int) -> int:
+        """Where the image of a sample starts in its tar, bytes."""
+        return int(self._table["offset"][sample])
+
+    def shard_of(self, sample: int) -> Path:
+        """The tar that holds a sample."""
+        return self.root / self.shards[int(self._table["shard"][sample])].file
+
+    def read(self, sample: int) -> bytes:
+        """The stored bytes of a sample's image.
+
+        Raises:
+            DamagedSample: the tar holds something else at that place, or ends before it.
+            ShardError: the tar cannot be opened.
+        """
+        row = self._table[sample]
+        offset, size = int(row["offset"]), int(row["size"])
+        # A mapping would make a process die of SIGBUS on a tar that was cut after it was opened; pread comes back short.
+        block = os.pread(self._descriptor(int(row["shard"])), BLOCK + size, offset - BLOCK) if offset >= BLOCK else b""
+        if len(block) != BLOCK + size:
+            raise DamagedSample(f"{self.shard_of(sample)} ends before it")
+        key = bytes(row["key"])
+        head = block[:BLOCK]
+        # Packing the header again would cost more than looking at it: a name of up to 100 bytes stands first and entire.
+        if (not self.content.foreign and head[: len(key) + 4] not in (key + SUFFIXES[0], key + SUFFIXES[1])) or int_of(head) != size:
+            self._check_header(head, key, size, sample)
+        return block[BLOCK:]
+
+    def _check_header(self, head: bytes, key: bytes, size: int, sample: int) -> None:
+        """The slow path: long names, and saying exactly what is wrong."""
+        where = self.shard_of(sample)
+        try:
+            name, held, _ = parse_header(head)
+        except TarError as error:
+            raise DamagedSample(f"{where}: {error}") from None
+        if held != size or (not self.content.foreign and name not in (key + SUFFIXES[0], key + SUFFIXES[1])):
+            raise DamagedSample(f"{where} holds {name.decode('utf-8', 'replace')!r} of {held} bytes in its place")
+
+    def intact(self, sample: int, data: bytes) -> bool:
+        """Whether ``data`` are the bytes that the build stored (by their CRC-32)."""
+        return zlib.crc32(data) == int(self._table["crc"][sample])
+
+    def _descriptor(self, shard: int) -> int:
+        if self._owner != os.getpid():
+            # After a fork the parent's descriptors are shared, file positions are not used, and closing them is the parent's.
+            self._open, self._owner = OrderedDict(), os.getpid()
+        descriptor = self._open.get(shard)
+        if descriptor is not None:
+            self._open.move_to_end(shard)
+            return descriptor
+        path = self._local_path(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be opened ({error.strerror}); restore it or build again") from None
+        self._open[shard] = descriptor
+        if len(self._open) > _MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    def _local_path(self, shard: int) -> Path:
+        return self.root / self.shards[shard].file
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a fraction: name, images, classes, shards, bytes (of those shards), for ``list``."""
+        size_of = {shard.file: shard.bytes for shard in self.shards}
+        rows = []
+        for name in self.fractions:
+            samples, files = self.samples(name), self.shard_files(name)
+            labels = self.labels(samples)
+            rows.append(
+                {
+                    "fraction": name,
+                    "images": len(samples),
+                    "classes": len(np.unique(labels[labels >= 0])),
+                    "shards": len(files),
+                    "bytes": sum(size_of[file.name] for file in files),
+                }
+            )
+        return rows
+
+
+def int_of(head: bytes) -> int:
+    """The size field of a tar header as our own writer leaves it; -1 for any other form."""
+    try:
+        return int(head[124:135], 8)
+    except ValueError:
+        return -1
+
+
+def _read_index(root: Path) -> Index:
+    path = root / INDEX_NAME
+    try:
+        return Index.from_json(path.read_bytes(), path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        raise ShardError(f"{root} is a file; data.shards names the folder that shards/build.py wrote") from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+    if not root.exists():
+        raise ShardError(
+            f"{root}: no such folder; build it with: python shards/build.py build --source SRC --out {root}"
+        )
+    if (root / WORK_FOLDER).exists():
+        raise ShardError(
+            f"{root} holds a build that did not finish; run the same build command again, it goes on where it was"
+        )
+    if any(root.glob("*.tar")):
+        raise ShardError(
+            f"{root} has tars but no {INDEX_NAME}: the build did not finish, or they come from elsewhere; build (or index) them"
+        )
+    raise ShardError(f"{root} has no {INDEX_NAME}: not a shard folder; build one with: python shards/build.py build")
+
+
+def draw_view_classes(count: int, of: int, seed: int) -> list[int]:
+    """The classes of a view of ``count`` classes.
+
+    Raises:
+        ShardError: more classes than there are.
+    """
+    if not 0 < count <= of:
+        raise ShardError(f"a view of {count} classes cannot be drawn from {of} classes")
+    return strata.pick_classes(count, of, seed).tolist()

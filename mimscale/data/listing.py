@@ -1,0 +1,206 @@
+"""What a build will store: one row an image, kept in columns on disk so that fourteen million rows need little memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mimscale.data.errors import ShardError
+
+_COLUMNS = {
+    "container": "<i4",
+    "offset": "<i8",
+    "size": "<i8",
+    "label": "<i4",
+    "kind": "u1",
+    "key_end": "<i8",
+    "name_end": "<i8",
+}
+
+
+@dataclass
+class Found:
+    """The images that one class of one source holds, in their final order.
+
+    Attributes:
+        container: the folder that the names are in, or the archive that the offsets are in.
+        label: class number, -1 for unlabelled.
+        keys: one key an image, unique within the split.
+        names: paths below the container, one an image; empty when the container is an archive.
+        offsets: where each payload starts in the archive; empty for a folder.
+        sizes: payload bytes.
+        kinds: what ``decode.identify`` said.
+        rejected: (where, why) of what looked like an image and is none.
+    """
+
+    container: str
+    label: int
+    keys: list[bytes] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    labels: list[int] | None = None
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ListingWriter:
+    """Appends what is found to the column files of a listing in ``folder``."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.containers: list[str] = []
+        self.rows = 0
+        self.max_key = 1
+        self._files = {name: (folder / name).open("wb") for name in (*_COLUMNS, "keys", "names")}
+        self._ends = {"key": 0, "name": 0}
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        values.astype(_COLUMNS[name]).tofile(self._files[name])
+
+    def _append_text(self, kind: str, pieces: Sequence[bytes]) -> None:
+        lengths = np.fromiter((len(piece) for piece in pieces), np.int64, len(pieces))
+        self._files[f"{kind}s"].write(b"".join(pieces))
+        self._append(f"{kind}_end", self._ends[kind] + np.cumsum(lengths))
+        self._ends[kind] += int(lengths.sum())
+
+    def add(self, found: Found) -> None:
+        """Append the images of one class."""
+        count = len(found.keys)
+        if not count:
+            return
+        self._append("container", np.full(count, len(self.containers)))
+        self.containers.append(found.container)
+        self._append("offset", np.asarray(found.offsets) if found.offsets else np.full(count, -1))
+        self._append("size", np.asarray(found.sizes))
+        self._append("label", np.asarray(found.labels) if found.labels is not None else np.full(count, found.label))
+        self._append("kind", np.asarray(found.kinds))
+        self._append_text("key", found.keys)
+        self._append_text("name", [os.fsencode(name) for name in found.names] or [b""] * count)
+        self.max_key = max(self.max_key, max(map(len, found.keys)))
+        self.rows += count
+
+    def close(self) -> Listing:
+        """Finish the files and open them as a listing."""
+        for file in self._files.values():
+            file.close()
+        (self.folder / "containers").write_bytes(b"\0".join(os.fsencode(path) for path in self.containers))
+        return Listing(self.folder)
+
+
+class Listing:
+    """A finished listing, its columns memory-mapped.
+
+    Attributes:
+        container: (rows,) number of the folder or archive.
+        offset: (rows,) first byte in the archive, or -1 for a file of its own.
+        size: (rows,) bytes.
+        label: (rows,) class.
+        kind: (rows,) ``decode.JPEG``, ``PNG`` or ``OTHER``.
+    """
+
+    container: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    kind: np.ndarray
+    key_end: np.ndarray
+    name_end: np.ndarray
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name, dtype in _COLUMNS.items():
+            path = folder / name
+            setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype))
+        self._keys = self._text("keys")
+        self._names = self._text("names")
+        self.containers = [os.fsdecode(path) for path in (folder / "containers").read_bytes().split(b"\0")]
+        self._open = lru_cache(maxsize=64)(_Descriptor)
+
+    def _text(self, name: str) -> np.ndarray:
+        path = self.folder / name
+        return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def key(self, row: int) -> bytes:
+        """The key of one image."""
+        return self._keys[self.key_end[row - 1] if row else 0 : self.key_end[row]].tobytes()
+
+    def where(self, row: int) -> str:
+        """How to name the source of one image in a message."""
+        container = self.containers[self.container[row]]
+        name = os.fsdecode(self._names[self.name_end[row - 1] if row else 0 : self.name_end[row]].tobytes())
+        return os.path.join(container, name) if name else f"{container} at byte {self.offset[row]}"  # noqa: PTH118
+
+    def payload(self, row: int) -> bytes:
+        """The original bytes of one image.
+
+        Raises:
+            ShardError: the source can no longer be read, or has changed since it was listed.
+        """
+        offset, size = int(self.offset[row]), int(self.size[row])
+        try:
+            if offset < 0:
+                with open(self.where(row), "rb", buffering=0) as file:  # noqa: PTH123
+                    data = file.read()
+            else:
+                data = os.pread(self._open(self.containers[self.container[row]]).number, size, offset)
+        except OSError as error:
+            raise ShardError(
+                f"{self.where(row)}: cannot be read any more ({error.strerror}); run the build again"
+            ) from None
+        if len(data) != size:
+            raise ShardError(
+                f"{self.where(row)}: had {size} bytes when it was listed and has {len(data)} now; run the build again"
+            )
+        return data
+
+
+class _Descriptor:
+    """An open file that closes with its last reference."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_UNSAFE = {code: "_" for code in (*range(32), 127, ord("."), ord("\\"), ord("/"))}
+_MAX_KEY_PART = 90
+
+
+def safe_part(name: str) -> str:
+    """One part of a key: no dots (WebDataset ends a key at the first), no slashes, no control characters, at most 90 bytes."""
+    import hashlib
+
+    safe = name.encode("utf-8", "replace").decode().translate(_UNSAFE) or "_"
+    if len(safe.encode()) > _MAX_KEY_PART:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        safe = safe.encode()[: _MAX_KEY_PART - 13].decode("utf-8", "ignore") + "-" + digest
+    return safe
+
+
+def unique(names: Iterable[str], make: Callable[[str], str] = safe_part) -> list[str]:
+    """Safe forms of ``names`` that differ from each other; the same names in the same order give the same result."""
+    originals = list(names)
+    taken = set()
+    result = []
+    reserved = {make(name) for name in originals}
+    for name in originals:
+        candidate, number = make(name), 1
+        while candidate in taken or (number > 1 and candidate in reserved):
+            number += 1
+            candidate = f"{make(name)}-{number}"
+        taken.add(candidate)
+        result.append(candidate)
+    return result

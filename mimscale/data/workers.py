@@ -1,0 +1,84 @@
+"""Batches made ahead by other processes, in order, with the same result as making them here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Sampler
+
+from mimscale.data.errors import ShardError
+
+_AHEAD = 4
+
+
+class Steps(Protocol):
+    """Anything that makes the batch of a step."""
+
+    def __getitem__(self, step: int) -> Any:
+        """The batch of that step."""
+        ...
+
+
+class _StepNumbers(Sampler):
+    def __init__(self, start: int, stop: int | None):
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(itertools.count(self.start) if self.stop is None else range(self.start, self.stop))
+
+
+def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterable[Any]:
+    """``steps[start]``, ``steps[start + 1]``, ... up to ``stop``, made by ``workers`` processes (0: by this one).
+
+    The processes end when the iterator is closed or collected.
+
+    Raises:
+        ShardError: whatever the making of a batch raised as such, or a worker process was killed.
+    """
+    if workers == 0:
+        for step in _StepNumbers(start, stop):
+            yield steps[step]
+        return
+    loader = DataLoader(
+        _Caught(steps),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=_StepNumbers(start, stop),
+        num_workers=workers,
+        prefetch_factor=_AHEAD,
+    )
+    iterator = iter(loader)
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                    raise
+                raise ShardError(
+                    f"a data worker process was killed (out of memory?): {error}; fewer data workers need less of it"
+                ) from None
+            if isinstance(batch, ShardError):
+                raise batch
+            yield batch
+    finally:
+        # Its processes end when the loader's iterator goes; leaving that to the garbage collector would leave them
+        # running.
+        iterator._shutdown_workers() if hasattr(iterator, "_shutdown_workers") else None
+        del iterator
+
+
+class _Caught:
+    """Carries a ShardError over as a value: DataLoader would wrap its message in a traceback."""
+
+    def __init__(self, steps: Steps):
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.steps[step]
+        except ShardError as error:
+            return error

@@ -1,0 +1,193 @@
+"""Build, check and list shard folders.
+
+python shards/build.py build --source SRC --out OUT [--val SRC]
+python shards/build.py verify OUT
+python shards/build.py list OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+# Runs from a clone that is not installed, too.
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from image_folder import ImageFolder
+
+from mimscale.data import crew, writer
+from mimscale.data.errors import ShardError
+from mimscale.data.index import ShardIndex, draw_view_classes
+from mimscale.data.shard_format import REJECTED_NAME, View
+from mimscale.data.verify import verify
+
+_SHOWN_PROBLEMS = 200
+
+
+class Progress:
+    """How far a build is and when it ends: one line that renews itself on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._what, self._began, self._printed = "", 0.0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show ``done`` of ``total``."""
+        now = time.monotonic()
+        if what != self._what:
+            self._end_line()
+            self._what, self._began, self._printed, self._first = what, now, 0.0, done
+        if done < total and now - self._printed < (0.2 if self._terminal else 30):
+            return
+        self._printed = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0
+        line = f"{what}: {done:,}/{total:,} ({done / max(total, 1):.0%}), {rate:,.0f}/s, {left / 60:.0f} min {left % 60:02.0f} s left"
+        print(
+            f"\r\x1b[K{line}" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        if done >= total:
+            self._end_line()
+            self._what = ""
+
+    def _end_line(self) -> None:
+        if self._terminal and self._what:
+            print(file=sys.stderr)
+
+
+def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
+    """A view from ``NAME=K`` (K classes), ``NAME=K@SEED``, ``NAME=P%`` or ``NAME=P%@SEED`` (another draw of P % of each class).
+
+    Raises:
+        ShardError: none of these, or more classes than there are.
+    """
+    name, _, amount = text.partition("=")
+    amount, _, own_seed = amount.partition("@")
+    number = amount.removesuffix("%")
+    if not name or not number.isdigit() or (own_seed and not own_seed.isdigit()) or name.isdigit() or name == "val":
+        raise ShardError(
+            f"--subset {text}: write NAME=K, or NAME=P%, with @SEED after it for another draw; NAME is no number and not val"
+        )
+    seed = int(own_seed) if own_seed else seed
+    if amount.endswith("%"):
+        if not 0 < int(number) <= 100:
+            raise ShardError(f"--subset {text}: {amount} is not between 1% and 100%")
+        return name, View(seed, percent=int(number))
+    return name, View(seed, classes=draw_view_classes(int(number), classes, seed))
+
+
+def _build(options: argparse.Namespace) -> int:
+    source = ImageFolder(options.source)
+    val = ImageFolder(options.val) if options.val else None
+    views = dict(parse_view(text, options.seed, len(source.classes)) for text in options.subset)
+    index = writer.build(
+        source,
+        options.out,
+        val=val,
+        options=writer.Options(options.samples_per_shard, options.seed, options.resize_shorter),
+        views=views,
+        workers=options.workers,
+        report=Progress(),
+    )
+    _list(options)
+    if index.rewritten:
+        print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
+    if index.rejected:
+        print(
+            f"{index.rejected} files could not be decoded and were left out: {options.out / REJECTED_NAME} names them"
+        )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems = verify(options.out, options.workers, Progress())
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        print(problem)
+    if problems:
+        if len(problems) > _SHOWN_PROBLEMS:
+            print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
+        print(f"{options.out}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    index = ShardIndex.load(options.out)
+    print(f"{options.out}: {len(index):,} samples in {len(index.shards):,} shards, all as the index says")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    index = ShardIndex.load(options.out)
+    print(f"{'fraction':<12}{'images':>12}{'classes':>10}{'shards':>8}{'bytes':>20}")
+    for row in index.summary():
+        print(f"{row['fraction']:<12}{row['images']:>12,}{row['classes']:>10,}{row['shards']:>8,}{row['bytes']:>20,}")
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    cores = crew.usable_cores()
+
+    build = commands.add_parser("build", help="write shards from images; goes on where a killed build was")
+    build.add_argument(
+        "--source", type=Path, required=True, help="training images: class subfolders, or one flat folder"
+    )
+    build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument("--val", type=Path, help="held-out images, become the split 'val'")
+    build.add_argument(
+        "--samples-per-shard", type=_at_least_one, default=1000, help="at most this many in a tar (1000)"
+    )
+    build.add_argument(
+        "--resize-shorter", type=_at_least_one, metavar="PX", help="re-encode images whose shorter side is longer"
+    )
+    build.add_argument(
+        "--workers", type=_at_least_one, default=cores, help=f"processes ({cores}); the result is the same with any"
+    )
+    build.add_argument("--seed", type=int, default=0, help="decides fractions and order (0)")
+    build.add_argument(
+        "--subset",
+        action="append",
+        default=[],
+        metavar="NAME=K",
+        help="a view of K classes; NAME=P%%@SEED: of P %% of each",
+    )
+    build.set_defaults(run=_build)
+
+    check = commands.add_parser("verify", help="read every byte and name what is damaged")
+    check.add_argument("out", type=Path)
+    check.add_argument("--workers", type=_at_least_one, default=cores)
+    check.set_defaults(run=_verify)
+
+    show = commands.add_parser("list", help="the fractions: images, classes, shards, bytes")
+    show.add_argument("out", type=Path)
+    show.set_defaults(run=_list)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ShardError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""A folder of images as a source: one subfolder a class, or no subfolders and one class."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimscale.data import decode
+from mimscale.data.errors import DamagedSample, ShardError
+from mimscale.data.listing import Found, safe_part, unique
+from mimscale.data.writer import ScanTask
+
+# What torchvision's ImageFolder takes, and GIF, which ImageNet-22K's crawl left some of.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+FLAT_CLASS = "images"
+
+
+def _image_paths(folder: str) -> list[str]:
+    """Paths below ``folder`` of everything named like an image, sorted; hidden files and folders are passed over."""
+    paths = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(parent, folder)
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                paths.append(name if below == "." else f"{below}/{name}")
+    return sorted(paths)
+
+
+def has_images(folder: Path) -> bool:
+    """Whether anything below ``folder`` is named like an image."""
+    for _, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") for name in files):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class FolderClass(ScanTask):
+    """One class folder to list.
+
+    Attributes:
+        folder: where its images are.
+        prefix: what its keys start with.
+        label: its number.
+    """
+
+    folder: str
+    prefix: str
+    label: int
+
+    def run(self) -> Found:
+        """List the class; every image's structure is looked at."""
+        paths = _image_paths(self.folder)
+        found = Found(self.folder, self.label)
+        for path, stem in zip(paths, unique(paths, _stem), strict=True):
+            full = f"{self.folder}/{path}"
+            try:
+                descriptor = os.open(full, os.O_RDONLY)
+            except OSError as error:
+                found.rejected.append((full, f"cannot be opened: {error.strerror}"))
+                continue
+            try:
+                size = os.fstat(descriptor).st_size
+                kind = decode.identify(lambda start, length, fd=descriptor: os.pread(fd, length, start), size)
+            except (DamagedSample, OSError) as error:
+                found.rejected.append((full, str(error)))
+                continue
+            finally:
+                os.close(descriptor)
+            found.keys.append(f"{self.prefix}/{stem}".encode())
+            found.names.append(path)
+            found.sizes.append(size)
+            found.kinds.append(kind)
+        return found
+
+
+def _stem(path: str) -> str:
+    return safe_part(os.path.splitext(path)[0])  # noqa: PTH122 - half a million of them
+
+
+class ImageFolder:
+    """Class subfolders, or a flat folder as one class.
+
+    Args:
+        folder: the images.
+        labelled_by: for a flat folder of held-out images: classes of the training source. With more than one, the
+            images stay unlabelled (-1).
+
+    Raises:
+        ShardError: no such folder, or nothing in it is named like an image.
+    """
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise ShardError(f"{folder}: no such folder")
+        self.folder = folder.resolve()
+        inside = sorted(entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        self._folders = [entry for entry in inside if has_images(entry)]
+        if not self._folders and not has_images(self.folder):
+            raise ShardError(f"{folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, also in subfolders)")
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the class folders, sorted."""
+        return [os.fsencode(folder.name).decode("utf-8", "replace") for folder in self._folders] or [FLAT_CLASS]
+
+    def tasks(self, label_of: dict[str, int]) -> list[ScanTask]:
+        """One task a class.
+
+        Raises:
+            ShardError: a class that ``label_of`` does not know.
+        """
+        if not self._folders:
+            return [FolderClass(str(self.folder), FLAT_CLASS, label_of.get(FLAT_CLASS, -1))]
+        if unknown := [name for name in self.classes if name not in label_of]:
+            raise ShardError(
+                f"{self.folder}: {len(unknown)} classes are not in the training images: {', '.join(unknown[:5])}"
+            )
+        # Prefixes follow the training classes, so that a held-out image of a class has the prefix that its training
+        # images have.
+        prefix_of = dict(zip(label_of, unique(label_of), strict=True))
+        return [
+            FolderClass(str(folder), prefix_of[name], label_of[name])
+            for folder, name in zip(self._folders, self.classes, strict=True)
+        ]
