@@ -40,7 +40,8 @@ def mask_grid(objective: str, img_size: int | tuple[int, int], patch: int | None
     Args:
         objective: "simmim" or "mae".
         img_size: side of the images, or (height, width).
-        patch: side of what is hidden as one, in pixels: 32 for SimMIM, the ViT's patch (16 or 14) for MAE, where it is needed.
+        patch: side of what is hidden as one, in pixels: 32 for SimMIM, the ViT's patch (16 or 14) for MAE, where it is
+            needed.
 
     Raises:
         ValueError: images that are not whole patches; MAE without a patch.

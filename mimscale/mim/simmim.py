@@ -1,4 +1,4 @@
-"""SimMIM on a SwinV2 (the paper, section 3.1): hide patches, encode what is left with mask tokens, predict the pixels."""
+"""SimMIM on a SwinV2 (the paper, section 3.1): hide patches, encode the rest with mask tokens, predict pixels."""
 
 import torch
 import torch.nn as nn
@@ -114,8 +114,9 @@ class SimMIM(nn.Module):
     def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Fill the hidden patches of images with what was predicted, so that a person can look at it.
 
-        The prediction is of locally normalised pixels. It is turned back with the mean and deviation of the true image's
-        own neighbourhoods, which the model never saw: colour and contrast are the image's, structure is the model's.
+        The prediction is of locally normalised pixels. It is turned back with the mean and deviation of the true
+        image's own neighbourhoods, which the model never saw: colour and contrast are the image's, structure is the
+        model's.
 
         Args:
             images: (B, 3, H, W) as the model was given them.

@@ -28,8 +28,8 @@ def _box_sum(x: torch.Tensor, window: int, dim: int) -> torch.Tensor:
 def local_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of every pixel's neighbourhood, for each channel.
 
-    Only pixels inside the image count; the variance is unbiased with their true number, and clamped at 0. Computed in fp64:
-    the difference of two large sums cancels.
+    Only pixels inside the image count; the variance is unbiased with their true number, and clamped at 0. Computed in
+    fp64: the difference of two large sums cancels.
 
     Args:
         images: (B, C, H, W).

@@ -23,13 +23,13 @@ class Positions(NamedTuple):
 
     Attributes:
         offsets: (T, 2) log-spaced relative positions, fp32 or fp64.
-        index: (N * N,) rows of that table for every pair of tokens.
+        pairs: (N * N,) rows of that table for every pair of tokens.
         penalty: (windows, 1, N, N) added to the logits, or None.
         tokens: N.
     """
 
     offsets: torch.Tensor
-    index: torch.Tensor
+    pairs: torch.Tensor
     penalty: torch.Tensor | None
     tokens: int
 
@@ -81,7 +81,7 @@ class WindowAttention(nn.Module):
     def position_bias(self, positions: Positions) -> torch.Tensor:
         """Evaluate the position bias, 16 * sigmoid(MLP), as (heads, N, N) in fp32 or fp64."""
         table = BIAS_RANGE * torch.sigmoid(self.cpb_mlp(positions.offsets))
-        return table.index_select(0, positions.index).view(positions.tokens, positions.tokens, -1).permute(2, 0, 1)
+        return table.index_select(0, positions.pairs).view(positions.tokens, positions.tokens, -1).permute(2, 0, 1)
 
     def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Attend within windows.

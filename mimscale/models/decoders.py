@@ -34,7 +34,8 @@ class LinearDecoder(nn.Sequential):
             hidden: indices (K,) of the features, counted through (B, h, w), that are to be predicted; None for all.
 
         Returns:
-            Images (B, channels, h * stride, w * stride), or with ``hidden`` their patches (K, channels * stride * stride).
+            Images (B, channels, h * stride, w * stride), or with ``hidden`` their patches (K, channels * stride *
+            stride).
         """
         batch, dim, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, dim)

@@ -1,8 +1,8 @@
 """Stochastic depth whose draws belong to the sample, not to the process that happens to compute it.
 
-A draw from the process's random generator changes with the number of ranks, the micro-batch and after every resume. Here
-each decision is a hash of (the sample's key, the residual branch), so that a sample loses the same branches wherever, and
-however often, it is computed.
+A draw from the process's random generator changes with the number of ranks, the micro-batch and after every resume.
+Here each decision is a hash of (the sample's key, the residual branch), so that a sample loses the same branches
+wherever, and however often, it is computed.
 """
 
 import torch

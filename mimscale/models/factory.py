@@ -44,7 +44,8 @@ def create_encoder(
         The encoder, freshly initialised from torch's generator.
 
     Raises:
-        ValueError: an unknown name or override (the nearest is named), or sizes that do not divide (what fits is named).
+        ValueError: an unknown name or override (the nearest is named), or sizes that do not divide (what fits is
+            named).
     """
     if name not in SWIN_SIZES:
         raise ValueError(f'unknown encoder "{name}"; the nearest is "{_nearest(name, encoder_names())}"')

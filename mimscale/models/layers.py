@@ -1,8 +1,9 @@
 """The layers that own parameters, each of which sets its own starting values.
 
-``deepspeed.zero.Init`` partitions the parameters of a module when that module's own constructor returns. A sweep over the
-finished model (``model.apply(init)``) then writes to empty placeholders and is silently lost. So there is no sweep: every
-layer draws its weights in its own constructor, from torch's default generator, in the order of construction.
+``deepspeed.zero.Init`` partitions the parameters of a module when that module's own constructor returns. A sweep over
+the finished model (``model.apply(init)``) then writes to empty placeholders and is silently lost. So there is no
+sweep: every layer draws its weights in its own constructor, from torch's default generator, in the order of
+    construction.
 """
 
 import torch
@@ -40,7 +41,7 @@ class QkvLinear(Linear):
     def __init__(self, dim: int):
         super().__init__(dim, 3 * dim, bias=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map (..., C) to (..., 3C), adding ``bias`` (3C,)."""
         return F.linear(x, self.weight, bias)
 
@@ -61,7 +62,7 @@ class PatchProjection(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Map patches (B, L, in_channels * patch * patch), in any dtype, to (B, L, out_channels) in the weights' dtype."""
+        """Map patches (B, L, in_channels * patch * patch), to (B, L, out_channels) in the weights' dtype."""
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 

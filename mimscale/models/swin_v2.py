@@ -1,8 +1,8 @@
 """Swin Transformer V2, in the names of the released weights and in timm's dialect.
 
-Image to feature map, as in the paper's Table 1 models: patch embedding and norm, mask token, four stages of blocks whose
-residual branches end in a norm, patch merging between stages, final norm. Tokens are kept in window order throughout
-(see ``windows``), and everything that is drawn at random is drawn once, before the blocks.
+Image to feature map, as in the paper's Table 1 models: patch embedding and norm, mask token, four stages of blocks
+whose residual branches end in a norm, patch merging between stages, final norm. Tokens are kept in window order
+throughout (see ``windows``), and everything that is drawn at random is drawn once, before the blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ import torch.utils.checkpoint
 
 from mimscale.models.attention import Positions, WindowAttention
 from mimscale.models.drop_path import keep_scales
+from mimscale.models.fitting import check_sizes, reference_windows
 from mimscale.models.layers import Linear, Mlp, PatchProjection, ZeroLayerNorm, trunc_normal
 from mimscale.models.swin_plan import MapPlan, PlanCache
-from mimscale.models.windows import clip_window
 
 Checkpoint = Callable[..., torch.Tensor]
 
@@ -125,7 +125,8 @@ class SwinTransformerV2(nn.Module):
     Args:
         img_size: height and width of the images, one number where they are equal.
         window_size: of the attention, in tokens; clipped where a stage's map is smaller.
-        pretrained_window_size: window at pre-training, where it differed: one number, or one for each stage. 0: the same.
+        pretrained_window_size: window at pre-training, where it differed: one number, or one for each stage. 0: the
+            same.
         drop_path: drop rate of the last block; rates rise linearly from 0.
         num_classes: outputs of the classifier; 0 for none.
         embed_dim: channels of the first stage.
@@ -135,7 +136,7 @@ class SwinTransformerV2(nn.Module):
         patch_size: side of a patch, in pixels.
         in_chans: channels of the images.
         mask_token: own the token that stands for hidden patches; False for transfer.
-        extra_norm_every: end every so-manieth block in one more norm; 0 for none.
+        extra_norm_every: k, to end every k-th block in one more norm; 0 for none.
         pad_windows: pad maps that the window does not divide, in place of raising.
 
     Raises:
@@ -180,7 +181,7 @@ class SwinTransformerV2(nn.Module):
             trunc_normal(self.mask_token)
         else:
             self.register_parameter("mask_token", None)
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
             blocks = [
@@ -244,7 +245,7 @@ class SwinTransformerV2(nn.Module):
             scales = keep_scales(self.drop_rates, len(images), draw_keys, images.device).to(x.dtype)
         maps, block_index = [], 0
         for layer, stage in zip(self.layers, plan.stages, strict=True):
-            for j, block in enumerate(layer.blocks):  # type: ignore[arg-type]
+            for j, block in enumerate(layer.blocks):
                 if j:
                     x = stage.moves[j % 2](x)
                 drawn = None if scales is None else scales[2 * block_index : 2 * block_index + 2]
@@ -252,11 +253,11 @@ class SwinTransformerV2(nn.Module):
                 checkpoint = self._checkpoints[block_index] if torch.is_grad_enabled() else None
                 x = checkpoint(run, x) if checkpoint else run(x)
                 block_index += 1
-            last = (len(layer.blocks) - 1) % 2  # type: ignore[arg-type]
+            last = (len(layer.blocks) - 1) % 2
             if every or layer.downsample is None:
                 maps.append((stage.leave[last](x), stage.size))
             if layer.downsample is not None:
-                x = layer.downsample(stage.merge[last](x))  # type: ignore[operator]
+                x = layer.downsample(stage.merge[last](x))
         return maps
 
     def _token(self) -> torch.Tensor:
@@ -326,7 +327,7 @@ class SwinTransformerV2(nn.Module):
         """
         merging = [(rf"^layers\.({i})\.downsample", (depth - 1,)) for i, depth in enumerate(self.depths)]
         blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), *merging]
-        return {"stem": r"^(patch_embed|mask_token)", "blocks": blocks}
+        return {"stem": r"^patch_embed|^mask_token", "blocks": blocks}
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier."""
@@ -357,7 +358,7 @@ class SwinTransformerV2(nn.Module):
 
         Args:
             enable: False stores everything.
-            every: recompute every so-manieth block.
+            every: recompute every k-th block only.
             attention_only: recompute only the attention branch of those blocks.
             checkpoint_fn: called as ``checkpoint_fn(function, x)``; by default torch's, run to the end.
 
@@ -367,88 +368,19 @@ class SwinTransformerV2(nn.Module):
         if every < 1:
             raise ValueError(f"every must be 1 or more, not {every}")
         run = checkpoint_fn or checkpoint_whole
-        blocks = [block for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
+        blocks = [block for layer in self.layers for block in layer.blocks]
         for index, block in enumerate(blocks):
             chosen = run if enable and index % every == 0 else None
             self._checkpoints[index] = None if attention_only else chosen
-            block.checkpoint_attention = chosen if attention_only else None  # type: ignore[union-attr]
+            block.checkpoint_attention = chosen if attention_only else None
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
         for layer in self.layers:
-            for block in layer.blocks:  # type: ignore[union-attr]
+            for block in layer.blocks:
                 block.compile(**options)
 
 
 def _channels_first(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Turn tokens (B, L, C), row by row, into a map (B, C, H, W)."""
     return x.transpose(1, 2).reshape(len(x), -1, *size)
-
-
-def reference_windows(
-    grid: tuple[int, int], window: int, pretrained: int | Sequence[int], stages: int
-) -> list[tuple[int, int]]:
-    """Work out the window, for each stage, that the position bias was trained in.
-
-    One number for ``pretrained`` means windows that were clipped at pre-training wherever they are clipped now, and by the
-    same share: at 224 px with window 14, 12 means 12-12-12-6.
-
-    Raises:
-        ValueError: not one number, nor one for each stage.
-    """
-    if not isinstance(pretrained, int) and len(pretrained) != stages:
-        raise ValueError(f"pretrained_window_size takes one number or {stages}, one for each stage, not {pretrained!r}")
-    references = []
-    for i in range(stages):
-        size = clip_window(-(-grid[0] // 2**i), -(-grid[1] // 2**i), window, shifted=False).size
-        before = pretrained if isinstance(pretrained, int) else pretrained[i]
-        if not before:
-            references.append(size)
-        elif isinstance(pretrained, int):
-            references.append((max(1, round(before * size[0] / window)), max(1, round(before * size[1] / window))))
-        else:
-            references.append((before, before))
-    return references
-
-
-def check_sizes(
-    image: tuple[int, int],
-    window: int,
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    patch: int,
-    pad_windows: bool,
-) -> None:
-    """Check that heads divide widths, and that patches, merging and windows divide the image.
-
-    Raises:
-        ValueError: naming what does not divide, and what would fit.
-    """
-    if len(depths) != len(num_heads):
-        raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} must have one entry a stage each")
-    for i, heads in enumerate(num_heads):
-        dim = embed_dim * 2**i
-        if heads < 1 or dim % heads:
-            fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h >= 8]
-            nearest = sorted(sorted(fits, key=lambda h: abs(h - heads))[:3])
-            raise ValueError(f"{heads} heads do not divide the {dim} channels of stage {i + 1}; {nearest} would")
-    if pad_windows:
-        return
-    stride = patch * 2 ** (len(depths) - 1)
-
-    def fits_image(side: int, window: int) -> bool:
-        maps = [side // patch // 2**i for i in range(len(depths))]
-        return side > 0 and side % stride == 0 and all(m <= window or m % window == 0 for m in maps)
-
-    for side in image:
-        if not fits_image(side, window):
-            sides = sorted(range(stride, 4 * side + 32 * stride, stride), key=lambda s: abs(s - side))
-            windows = sorted(range(2, 4 * window), key=lambda w: abs(w - window))
-            near_sides = sorted([s for s in sides if fits_image(s, window)][:2])
-            near_windows = sorted([w for w in windows if fits_image(side, w)][:3])
-            instead = f"; at img_size {side}, window_size {near_windows} would" if near_windows else ""
-            raise ValueError(
-                f"img_size {side} does not fit window_size {window} (patch {patch}, {len(depths)} stages: every map must "
-                f"be whole windows, or fit inside one): img_size {near_sides} would{instead}; pad_windows=True pads"
-            )

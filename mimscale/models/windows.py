@@ -1,8 +1,8 @@
 """Where every token sits: windows, shifts, patch merging and relative positions, as integer arrays.
 
-Tokens stay in window order from block to block. A change of shift, a patch merging and the final feature map are each one
-gather; within a block nothing moves. Everything here is integers worked out from sizes alone: nothing is a parameter, and
-nothing loses precision when a model is cast to bf16.
+Tokens stay in window order from block to block. A change of shift, a patch merging and the final feature map are each
+one gather; within a block nothing moves. Everything here is integers worked out from sizes alone: nothing is a
+parameter, and nothing loses precision when a model is cast to bf16.
 """
 
 from dataclasses import dataclass
@@ -154,11 +154,11 @@ class _Permute(torch.autograd.Function):
     """A permutation of tokens, whose gradient is the inverse gather rather than a scatter."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse):  # noqa: D102
+    def forward(ctx, x, index, inverse):
         ctx.save_for_backward(inverse)
         return x.index_select(1, index)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return grad.index_select(1, inverse), None, None

@@ -1,0 +1,123 @@
+"""SimMIM: the paper's masks and targets, the loss on hidden pixels, pictures a person can look at."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_photographs import photographs, random_mask
+from reference_swin_v2 import normalised_target
+
+from mimscale.mim import SimMIM, hidden_patches, local_normalise, mask_grid
+from mimscale.models import create_encoder
+
+
+def small(**overrides):
+    encoder = create_encoder(
+        "swinv2_s", img_size=64, window_size=4, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2)
+    )
+    return SimMIM(encoder, **{"target_window": 15, **overrides})
+
+
+def test_masks_hide_what_the_papers_hide():
+    assert hidden_patches("simmim", 36) == 22
+    assert hidden_patches("simmim", 35, 0.6) == 21
+    assert hidden_patches("mae", 196) == 147
+    assert hidden_patches("mae", 256) == 192
+    assert mask_grid("simmim", 192) == (6, 6)
+    assert mask_grid("mae", (224, 112), 16) == (14, 7)
+    with pytest.raises(ValueError, match="whole patches of 32"):
+        mask_grid("simmim", 200)
+    with pytest.raises(ValueError, match="simmim"):
+        hidden_patches("simmin", 36)
+
+
+@pytest.mark.parametrize("window", [47, 15])
+def test_the_target_of_photographs_is_the_plain_formula(window):
+    images = photographs(3, 64)
+    expected = normalised_target(images, window)
+    assert (local_normalise(images, window) - expected).abs().max() < 1e-5
+    torch.testing.assert_close(local_normalise(images.double(), window), expected, rtol=0, atol=1e-9)
+
+
+@given(
+    height=st.integers(2, 40),
+    width=st.integers(2, 40),
+    half=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+    flat=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_target_is_the_plain_formula_at_any_size(height, width, half, seed, flat):
+    images = torch.randn(1, 1, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if flat:
+        images = images.round()
+    expected = normalised_target(images, 2 * half + 1)
+    torch.testing.assert_close(local_normalise(images, 2 * half + 1), expected, rtol=0, atol=1e-9)
+
+
+def test_an_even_target_window_is_an_error():
+    with pytest.raises(ValueError, match="odd"):
+        small(target_window=46)
+    with pytest.raises(ValueError, match="odd"):
+        local_normalise(photographs(1, 64), 46)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("window", [15, None])
+def test_the_loss_is_the_mean_over_hidden_pixels_and_only_those(loss, window):
+    model = small(loss=loss, target_window=window)
+    images, mask = photographs(3, 64), random_mask(3, 2, 2, 2)
+    mask[0] = torch.tensor([[True, False], [False, False]])  # samples may hide different numbers
+    output = model(images, mask)
+    hidden = F.interpolate(mask[:, None].float(), scale_factor=32).bool().expand(-1, 3, -1, -1)
+    target = images if window is None else local_normalise(images, window)
+    difference = (output.prediction - target)[hidden]
+    expected = difference.abs().mean() if loss == "l1" else (difference**2).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output["loss"] is output.loss and output.loss.requires_grad
+    whole = model.eval()(images, mask)
+    for kind in ("l1", "l2"):
+        torch.testing.assert_close(output.per_sample[kind], whole.per_sample[kind])
+        assert output.per_sample[kind].shape == (3,) and not output.per_sample[kind].requires_grad
+    first = (output.prediction - target)[0][hidden[0]]
+    assert whole.per_sample["l1"][0].item() == pytest.approx(first.abs().mean().item(), rel=1e-5)
+
+
+def test_hidden_pixels_never_reach_the_encoder():
+    model, images, mask = small().eval(), photographs(2, 64), random_mask(2, 2, 2, 2)
+    changed = images + 5 * F.interpolate(mask[:, None].float(), scale_factor=32)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images, mask), model.encode(changed, mask))
+        assert not torch.equal(model.encode(images, ~mask), model.encode(changed, ~mask))
+
+
+@pytest.mark.parametrize("window", [15, None])
+def test_a_perfect_prediction_reconstructs_the_photograph(window):
+    model, images, mask = small(target_window=window), photographs(2, 64), random_mask(2, 2, 2, 2)
+    picture = model.reconstruct(images, model.target(images), mask)
+    torch.testing.assert_close(picture, images, rtol=0, atol=1e-4)
+    blank = model.reconstruct(images, torch.zeros_like(images), mask)
+    hidden = F.interpolate(mask[:, None].float(), scale_factor=32).bool().expand(-1, 3, -1, -1)
+    assert torch.equal(blank[~hidden], images[~hidden]) and not torch.equal(blank[hidden], images[hidden])
+
+
+def test_the_paper_spares_the_bias_mlp_and_the_released_code_decays_it():
+    model = small()
+    paper, released = model.no_weight_decay(), model.no_weight_decay("released")
+    assert released == {"encoder.mask_token"}
+    assert released < paper <= {name for name, _ in model.named_parameters()}
+    assert "encoder.layers.0.blocks.0.attn.cpb_mlp.2.weight" in paper
+    assert "encoder.layers.0.blocks.0.attn.logit_scale" in paper
+    assert not any("qkv" in name or "decoder" in name for name in paper)
+    with pytest.raises(ValueError, match="fidelity"):
+        model.no_weight_decay("exact")
+
+
+def test_unknown_losses_decoders_and_encoders_are_errors():
+    with pytest.raises(ValueError, match="l2"):
+        small(loss="mse")
+    with pytest.raises(ValueError, match="4-blocks"):
+        small(decoder="four")
+    with pytest.raises(ValueError, match="mask token"):
+        SimMIM(create_encoder("swinv2_s", embed_dim=6, num_heads=(1, 1, 1, 1), mask_token=False))
