@@ -1,0 +1,358 @@
+"""Checkpoints: the whole training state in plain fp32 safetensors, whole or absent, and independent of how it was trained.
+
+A checkpoint is a folder ``step_XXXXXXXX`` with a ``checkpoint.json`` (step, data position, resolved recipe, versions, and
+size and SHA-256 of every file) and the tensors, split over the ranks that wrote them. Each parameter and each of Adam's
+moments is stored whole, so any number of ranks at any ZeRO stage and precision can go on from it. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+# Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
+FILE_BYTES = 1 << 30
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it and what to do."""
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` updates."""
+    return f"step_{step:08d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps that have a checkpoint folder in a run, ascending; whether they are whole is not looked at."""
+    folder = run / "checkpoints"
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def owners(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
+    """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
+    load = [0] * world_size
+    owner = {}
+    for name in sorted(shapes, key=lambda n: (-math.prod(shapes[n]), n)):
+        rank = min(range(world_size), key=lambda r: (load[r], r))
+        owner[name] = rank
+        load[rank] += math.prod(shapes[name])
+    return owner
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint, read lazily."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _files: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the manifest; :meth:`damage` looks at the rest.
+
+        Raises:
+            CheckpointError: no manifest, an unreadable one, or one of another format.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            version = manifest["format"]
+            manifest["files"], manifest["step"], manifest["shapes"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / MANIFEST} is damaged ({error})") from None
+        if version != FORMAT:
+            raise CheckpointError(f"{path} has format {version}; this mimscale reads format {FORMAT}")
+        return cls(path, manifest)
+
+    @property
+    def step(self) -> int:
+        """Updates behind this state."""
+        return self.manifest["step"]
+
+    def damage(self, file: str) -> str | None:
+        """What is wrong with one of the files, or ``None`` when its size and SHA-256 are as recorded."""
+        entry = self.manifest["files"][file]
+        path = self.path / file
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{path} has {size} bytes in place of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{path} has changed since it was written (SHA-256 differs)"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        return None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole, fp32, on the CPU: a parameter's name, or ``exp_avg/NAME`` or ``exp_avg_sq/NAME``."""
+        for file in self._locate(name):
+            if file not in self._files:
+                self._files[file] = safe_open(self.path / file, framework="pt")
+            return self._files[file].get_tensor(name)
+        raise CheckpointError(f"{self.path} holds no tensor {name}")
+
+    def _locate(self, name: str) -> Iterator[str]:
+        return (file for file, entry in self.manifest["files"].items() if name in entry["tensors"])
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare with a model's parameters.
+
+        Raises:
+            CheckpointError: it is a checkpoint of another model; up to five differences are listed.
+        """
+        saved = {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
+        problems = [f"lacks {name}" for name in shapes if name not in saved]
+        problems += [f"has {name}, which the model has not" for name in saved if name not in shapes]
+        problems += [
+            f"{name} is {saved[name]}, in the model {shapes[name]}"
+            for name in shapes
+            if name in saved and saved[name] != tuple(shapes[name])
+        ]
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(f"{self.path} is a checkpoint of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gather(value: Any) -> list[Any]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write ``tensors`` as files of about FILE_BYTES; always consumes them all, since reading them is collective."""
+    written: dict[str, dict[str, Any]] = {}
+    chunk: dict[str, Tensor] = {}
+    size = 0
+    failure: Exception | None = None
+
+    def flush() -> None:
+        nonlocal failure, size
+        if chunk and failure is None:
+            name = f"rank_{rank:05d}_{len(written):03d}.safetensors"
+            try:
+                save_file(chunk, folder / name)
+                _sync(folder / name)
+                written[name] = {
+                    "bytes": (folder / name).stat().st_size,
+                    "sha256": _sha256(folder / name),
+                    "tensors": sorted(chunk),
+                }
+            except (OSError, SafetensorError) as error:
+                failure = error
+        chunk.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        chunk[name] = tensor
+        size += tensor.numel() * tensor.element_size()
+        if size >= FILE_BYTES:
+            flush()
+    flush()
+    if failure is not None:
+        raise failure
+    return written
+
+
+def save(
+    run: Path,
+    step: int,
+    shapes: dict[str, tuple[int, ...]],
+    state: Callable[[Callable[[str], bool]], Iterable[tuple[str, Tensor]]],
+    about: dict[str, Any],
+) -> Path:
+    """Write the state after ``step`` updates beside the checkpoints, and rename it into place when it is whole.
+
+    Collective over the ranks of the default process group, which share the run's file system.
+
+    Args:
+        run: the run folder.
+        step: updates made.
+        shapes: whole shape of every parameter.
+        state: called with ``keep(name)``; yields this rank's tensors (see ``Engine.full_state``).
+        about: further entries of the manifest: recipe, data position, versions.
+
+    Raises:
+        CheckpointError: a rank could not write; the unfinished folder is removed and earlier checkpoints are untouched.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    folder = run / "checkpoints"
+    beside = folder / f".saving_{step_name(step)}"
+    failure: str | None = None
+    files: dict[str, dict[str, Any]] = {}
+    if rank == 0:
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        except OSError as error:
+            failure = str(error)
+    failures = [problem for problem in _gather(failure) if problem]
+    if not failures:
+        owner = owners(shapes, world_size)
+        try:
+            files = _write_chunks(beside, rank, state(lambda name: owner[name] == rank))
+        except (OSError, SafetensorError) as error:
+            failure = f"rank {rank}: {error}"
+        gathered = _gather((files, failure))
+        failures = [problem for _, problem in gathered if problem]
+    if not failures and rank == 0:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            **about,
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "files": {name: entry for part, _ in gathered for name, entry in part.items()},
+        }
+        try:
+            _commit(folder, beside, step, manifest)
+        except OSError as error:
+            failure = str(error)
+    failures += [problem for problem in _gather(failure) if problem and problem not in failures]
+    if failures:
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        before = [s for s in saved_steps(run) if s != step]
+        kept = f"{step_name(before[-1])} is untouched" if before else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"cannot save {folder / step_name(step)}: {'; '.join(failures[:3])}; {kept}. "
+            f"Make room (or mend the cause) and start the same command again: it goes on from the last checkpoint"
+        )
+    return folder / step_name(step)
+
+
+def _commit(folder: Path, beside: Path, step: int, manifest: dict[str, Any]) -> None:
+    with (beside / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(beside)
+    target = folder / step_name(step)
+    replaced = folder / f".replaced_{step_name(step)}"
+    if target.exists():
+        # A damaged one of the same step: training went on from the one before it and has arrived here again.
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    beside.rename(target)
+    _sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def rotate(run: Path, keep: int, pinned: Iterable[int] = ()) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the pinned steps. For one rank to call."""
+    kept = set(saved_steps(run)[-keep:]) | set(pinned)
+    for step in saved_steps(run):
+        if step not in kept:
+            # Renamed first, so that a kill half-way leaves nothing that looks like a checkpoint.
+            doomed = run / "checkpoints" / f".removing_{step_name(step)}"
+            (run / "checkpoints" / step_name(step)).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what an interrupted save or removal left behind. For one rank to call, before training."""
+    folder = run / "checkpoints"
+    if folder.is_dir():
+        for path in folder.glob(".*_step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Open a checkpoint and look at every file, the files shared out over the ranks. Collective.
+
+    Returns:
+        The checkpoint, or ``None`` when it is damaged, and what is wrong with it; the same on every rank.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    checkpoint, problems = None, []
+    try:
+        checkpoint = Checkpoint.open(path)
+        files = sorted(checkpoint.manifest["files"])
+        problems = [problem for file in files[rank::world_size] if (problem := checkpoint.damage(file))]
+    except CheckpointError as error:
+        problems = [str(error)]
+    found = sorted({problem for part in _gather(problems) for problem in part})
+    return (None if found else checkpoint), found
+
+
+def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and what was wrong with newer ones. Collective.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; starting afresh would hide that.
+    """
+    steps = _gather(saved_steps(run))[0]
+    problems: list[str] = []
+    for step in reversed(steps):
+        checkpoint, found = check(run / "checkpoints" / step_name(step))
+        if checkpoint is not None:
+            return checkpoint, problems
+        problems += found
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(problems[:5])}. Restore one, or remove the "
+            f"folder to start from the first step"
+        )
+    return None, []
+
+
+def branch_source(branch_from: str) -> Path:
+    """The checkpoint folder that ``RUN@STEP`` names.
+
+    Raises:
+        CheckpointError: not of that form, or no such checkpoint; the steps that are there are listed.
+    """
+    run_text, at, step_text = branch_from.rpartition("@")
+    if not at or not step_text.isdigit():
+        raise CheckpointError(f"train.branch_from={branch_from} is not RUN@STEP, for example runs/trunk@109375")
+    run, step = Path(run_text), int(step_text)
+    path = run / "checkpoints" / step_name(step)
+    if not path.is_dir():
+        steps = saved_steps(run)
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
+        raise CheckpointError(f"train.branch_from: there is no checkpoint of step {step} in {run}; {there}")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what wrote the state."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("mimscale", "deepspeed")} | {"torch": torch.__version__}

@@ -1,0 +1,354 @@
+"""The DeepSpeed engine: the only file that imports deepspeed.
+
+It starts the ranks however they were launched, builds the model where its parameters will live, runs optimizer steps, and
+hands the whole training state in and out as plain fp32 tensors, whatever the ZeRO stage and precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import subprocess
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose, but with a warning on every rank
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+from mimscale.training.ds_config import offloads_optimizer, zero_stage
+from mimscale.training.recipe import Recipe
+
+# DeepSpeed calls collectives by their former names; torch would say so several times a step.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step, the cause and what to do."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes logs."""
+        return self.rank == 0
+
+
+def _slurm_environment() -> dict[str, str]:
+    """Rendezvous variables from Slurm's own, for tasks started by srun without ssh."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    first = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+    ).stdout.split()[0]
+    # Jobs that share a node need ports of their own.
+    port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 40000
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ["SLURM_NTASKS"]).split("(")[0],
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def start_ranks(timeout_minutes: float = 30) -> Ranks:
+    """Join the process group of whoever launched us: ``deepspeed``, ``torchrun``, ``srun``, or nobody (one process)."""
+    if "RANK" not in os.environ:
+        if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            os.environ.update(_slurm_environment())
+        else:
+            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    on_gpu = accelerator.device_name() == "cuda"
+    if on_gpu:
+        accelerator.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
+        # Ranks on one CPU would otherwise each start a thread for every core.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size))
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("MIMSCALE_DEEPSPEED_LOG", "ERROR").upper())
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_world_size, device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_gpu() -> bool:
+    """Whether training would run on a GPU here."""
+    return get_accelerator().device_name() == "cuda"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss of the global batch, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine:
+    """One model under DeepSpeed.
+
+    Args:
+        build: makes the module; called where its parameters shall live (partitioned from the start under ZeRO-3).
+        groups: parameter groups of the built module.
+        recipe: seed, optimizer settings, activation checkpointing.
+        config: the reconciled DeepSpeed configuration.
+        ranks: from :func:`start_ranks`.
+        restore: ``name -> fp32 tensor`` of a saved state (see :meth:`full_state`), or ``None`` to start afresh.
+        restored_steps: updates that state has behind it.
+        check: called with the whole shape of every parameter before anything is restored; raises if they do not fit.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        groups: Callable[[nn.Module], list[dict[str, Any]]],
+        recipe: Recipe,
+        config: dict[str, Any],
+        ranks: Ranks,
+        restore: Callable[[str], Tensor] | None = None,
+        restored_steps: int = 0,
+        check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
+    ):
+        self.ranks = ranks
+        self.stage = zero_stage(config)
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.micro: int = config["train_micro_batch_size_per_gpu"]
+        torch.manual_seed(recipe.train.seed)
+        # Built on the device at every stage, so that the same seed draws the same weights at every stage.
+        place = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else ranks.device
+        with place:
+            module = build()
+        if check is not None:
+            check(_whole_shapes(module))
+        self._checkpoint_activations(module, recipe, config)
+        if recipe.train.compile:
+            module.model.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+        if restore is not None:
+            self._load_weights(module, restore)
+        optimizer = self._optimizer(groups(module), recipe, config)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.module: nn.Module = self.engine.module
+        self.names = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        self._prime_moments(restored_steps)
+        if restore is not None:
+            self._load_optimizer(restore)
+
+    def _checkpoint_activations(self, module: nn.Module, recipe: Recipe, config: dict[str, Any]) -> None:
+        if "activation_checkpointing" in config:
+            block = dict(config["activation_checkpointing"])
+            if self.ranks.device.type == "cpu":
+                # They are in host memory already; DeepSpeed would empty the only copy.
+                block["cpu_checkpointing"] = False
+            deepspeed.checkpointing.configure(None, deepspeed_config={**config, "activation_checkpointing": block})
+            module.model.encoder.set_grad_checkpointing(  # type: ignore[union-attr, operator]
+                True, checkpoint_fn=deepspeed.checkpointing.checkpoint
+            )
+        elif recipe.train.activation_checkpointing:
+            module.model.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
+
+    def _optimizer(self, groups: list[dict[str, Any]], recipe: Recipe, config: dict[str, Any]) -> torch.optim.Optimizer:
+        settings: dict[str, Any] = {
+            "lr": recipe.learning_rate,
+            "betas": recipe.optimizer.betas,
+            "eps": recipe.optimizer.eps,
+        }
+        if offloads_optimizer(config):
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **settings)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: tuple[Tensor, ...], lr: float) -> StepResult:
+        """One optimizer step on this rank's share of a global batch, in micro-batches.
+
+        Args:
+            batch: tensors whose first dimension is this rank's images; each micro-batch gets its slice of every one.
+            lr: learning rate of the update.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; on a bad loss the weights are as before the step.
+        """
+        self.engine.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        grad_norm = None
+        for index in range(self.accumulation):
+            part = slice(index * self.micro, (index + 1) * self.micro)
+            loss = self.engine(*(self._to_device(tensor[part]) for tensor in batch))
+            self.engine.backward(loss)
+            total += loss.detach().double() / self.accumulation
+            if index + 1 == self.accumulation:
+                mean, bad = self._mean_over_ranks(total)
+                if bad:
+                    raise TrainingError(f"the loss became {mean} on rank{'s' * (len(bad) > 1)} {_listed(bad)}")
+                grad_norm = self._plain_grad_norm()
+            self.engine.step()
+        if grad_norm is None:
+            grad_norm = self.engine.get_global_grad_norm()
+        norm = float(grad_norm if grad_norm is not None else math.nan)
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
+        return StepResult(mean, norm)
+
+    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The module's eval-mode outputs for one batch; under ZeRO-3 every rank must call it equally often."""
+        self.engine.eval()
+        with torch.no_grad():
+            return self.engine(*(self._to_device(tensor) for tensor in batch))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.ranks.device, non_blocking=True)
+
+    def _mean_over_ranks(self, value: Tensor) -> tuple[float, list[int]]:
+        """The mean of a scalar over ranks, and the ranks whose own value is not finite."""
+        values = [torch.zeros_like(value) for _ in range(self.ranks.world_size)]
+        dist.all_gather(values, value)
+        numbers = torch.stack(values).tolist()
+        bad = [rank for rank, number in enumerate(numbers) if not math.isfinite(number)]
+        return sum(numbers) / len(numbers), bad
+
+    def _plain_grad_norm(self) -> Tensor | None:
+        # At stage 0 DeepSpeed clips without keeping the norm; ZeRO's optimizers report theirs after the step.
+        if self.stage:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.names.values() if p.grad is not None])
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Scalars for the monitors (tensorboard, wandb, csv) that the DeepSpeed configuration asks for."""
+        if self.engine.monitor.enabled and self.ranks.is_first:
+            self.engine.monitor.write_events(events)
+
+    # -- the whole state, in and out -------------------------------------------------------------------------------------
+
+    def full_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and both of Adam's moments, whole and in fp32, one at a time.
+
+        Collective: all ranks iterate together, and each gets on the CPU what ``keep`` says of the parameter's name. Moments
+        are named ``exp_avg/NAME`` and ``exp_avg_sq/NAME``.
+        """
+        for name, parameter in self.names.items():
+            for kind in (None, *MOMENTS):
+                value = self._full(parameter, kind)
+                if keep(name):
+                    yield (name if kind is None else f"{kind}/{name}"), value.detach().float().cpu().clone()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of each trained parameter."""
+        return _whole_shapes(self.module)
+
+    def _full(self, parameter: nn.Parameter, kind: str | None) -> Tensor:
+        if self.stage == 0:
+            return parameter if kind is None else self.engine.optimizer.state[parameter][kind]
+        if kind is None:
+            return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+
+    def _load_weights(self, module: nn.Module, restore: Callable[[str], Tensor]) -> None:
+        """Set the weights before DeepSpeed makes its copies of them, so that all copies follow."""
+        for name, parameter in module.named_parameters():
+            if self.stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.ranks.is_first:
+                        parameter.data.copy_(restore(name))
+            else:
+                parameter.data.copy_(restore(name))
+
+    def _load_optimizer(self, restore: Callable[[str], Tensor]) -> None:
+        for name, parameter in self.names.items():
+            if self.stage == 0:
+                for kind in MOMENTS:
+                    self.engine.optimizer.state[parameter][kind].copy_(restore(f"{kind}/{name}"))
+                continue
+            # In bf16 the weights set before were rounded; the fp32 master is set to the digit.
+            deepspeed.utils.safe_set_full_fp32_param(parameter, self._to_device(restore(name)))
+            for kind in MOMENTS:
+                value = self._to_device(restore(f"{kind}/{name}"))
+                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _prime_moments(self, steps: int) -> None:
+        """Create AdamW's state, which torch makes only at the first step, so that it can be read and set at any time.
+
+        It also has to exist before DeepSpeed links parameters to it: ZeRO-1 and 2 do that once, after the first group's
+        first step, when a later group's state would not be there yet.
+        """
+        zero, inner = self.engine.optimizer, self.engine.basic_optimizer
+        masters: Iterable[Tensor]
+        if self.stage == 3:
+            masters = zero.fp32_partitioned_groups_flat
+        else:
+            masters = [p for group in inner.param_groups for p in group["params"]]
+        for master in masters:
+            state = inner.state[master]
+            if isinstance(inner, torch.optim.AdamW):
+                fused = inner.defaults.get("fused")
+                state["step"] = torch.tensor(float(steps), device=master.device if fused else "cpu")
+            else:
+                state["step"] = steps
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        with contextlib.suppress(Exception):
+            self.engine.destroy()
+
+
+def _whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    # Under ZeRO-3 a parameter is an empty placeholder with its real shape beside it.
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -1,0 +1,77 @@
+"""The command line of the pre-training launcher: arguments in, one clear message out when they do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import NoReturn
+
+# Other ranks wait this long before they follow the first one out: the launcher ends all processes when one goes, and the
+# first must have said why.
+GRACE_SECONDS = 5.0
+
+
+def fail(error: Exception, everywhere: bool) -> NoReturn:
+    """Say what went wrong and exit with status 1.
+
+    Args:
+        error: its message is what the user sees.
+        everywhere: whether all ranks fail alike; then only the first one speaks.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if not everywhere or rank == 0:
+        where = "" if everywhere else f" (rank {rank})"
+        lines = str(error).splitlines() or [type(error).__name__]
+        print("\n".join(f"mimscale: error{where}: {line}" for line in lines), file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_SECONDS)
+    sys.stdout.flush()
+    # Not sys.exit: worker and communication threads of a half-finished step could keep the process, and with it the
+    # whole job, alive.
+    os._exit(1)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description="Pre-train an encoder by masked image modelling.", allow_abbrev=False
+    )
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed configuration (JSON)")
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe (YAML)")
+    parser.add_argument("--output", required=True, metavar="RUN", help="run folder; one that exists is resumed")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as train.iterations=1000")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the launcher."""
+    from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
+    from mimscale.training.recipe import RecipeError, load_recipe
+
+    args = arguments(argv)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        ds_config = read_ds_config(args.deepspeed_config)
+        zero_stage(ds_config)
+    except (RecipeError, DeepSpeedConfigError) as error:
+        fail(error, everywhere=True)
+
+    # Only now what takes seconds to import.
+    from mimscale.data import ShardError
+    from mimscale.training.checkpoint import CheckpointError
+    from mimscale.training.engine import TrainingError
+    from mimscale.training.loop import pretrain
+
+    try:
+        pretrain(recipe, ds_config, args.output)
+    except (RecipeError, DeepSpeedConfigError, CheckpointError, TrainingError) as error:
+        fail(error, everywhere=True)
+    except (ShardError, OSError) as error:
+        fail(error, everywhere=False)
+    except KeyboardInterrupt:
+        fail(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True)  # type: ignore
+    sys.exit(0)

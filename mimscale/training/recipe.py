@@ -1,0 +1,341 @@
+"""Recipes: everything that defines a run, as data.
+
+A recipe is a YAML file, checked against the schema below and resolved with ``key=value`` overrides.
+What the hardware needs (ZeRO stage, precision, micro-batch) is not here: it belongs to the DeepSpeed configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message names the key and what to write instead."""
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))]
+
+
+class Section(BaseModel):
+    """One block of a recipe: unknown keys are errors, values never change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the images come from and how they are cropped (paper, section 3.4)."""
+
+    shards: str | None = None
+    fraction: Fraction = "100"
+    image_size: Positive = 192
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    max_damaged: Annotated[int, Field(ge=0)] = 100
+    validation_images: Positive | None = None
+
+
+class Model(Section):
+    """The encoder (Table 1). ``None`` takes the named size's own value."""
+
+    name: str
+    window_size: Positive = 12
+    pretrained_window_size: int | tuple[int, int, int, int] = 0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    embed_dim: Positive | None = None
+    depths: tuple[Positive, ...] | None = None
+    num_heads: tuple[Positive, ...] | Positive | None = None
+    depth: Positive | None = None
+
+
+class MIM(Section):
+    """The objective (section 3.1, Table 4). ``loss: null`` is what the chosen fidelity uses: paper l2, released l1."""
+
+    objective: Literal["simmim", "mae"] = "simmim"
+    loss: Literal["l1", "l2"] | None = None
+    decoder: Literal["linear", "4-blocks", "8-blocks"] = "linear"
+    target_window: Positive | None = 47
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    norm_pix: bool = True
+    decoder_dim: Positive = 512
+    decoder_depth: Positive = 8
+    decoder_heads: Positive = 16
+
+
+class Optimizer(Section):
+    """AdamW. The learning rate is ``lr`` at a global batch of ``lr_batch``, scaled linearly to the run's batch."""
+
+    lr: Annotated[float, Field(gt=0)] = 1.0e-4
+    lr_batch: Positive = 512
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    clip: Annotated[float, Field(ge=0)] = 5.0
+
+
+class Schedule(Section):
+    """Warm-up, then constant with one step down (``step``, the paper's) or a cosine to ``final_lr_ratio``."""
+
+    kind: Literal["step", "cosine"] = "step"
+    warmup: Annotated[int, Field(ge=0)] = 6250
+    warmup_lr: Annotated[float, Field(ge=0)] = 5.0e-7
+    decay_at: Annotated[float, Field(gt=0, le=1)] = 0.875
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Train(Section):
+    """How long, how many images a step, and what is written when (in iterations)."""
+
+    iterations: Positive = 125_000
+    global_batch: Positive = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    branch_from: str | None = None
+    checkpoint_every: Positive = 1000
+    keep_checkpoints: Positive = 2
+    pinned_steps: tuple[Positive, ...] = ()
+    validate_every: Positive = 5000
+    validate_batch: Positive | None = None
+    log_every: Positive = 1
+    activation_checkpointing: bool | None = None
+    compile: bool = False
+    reconstructions: Annotated[int, Field(ge=0)] = 8
+
+
+class Recipe(Section):
+    """A whole recipe. ``fidelity`` settles where the paper and its released code differ."""
+
+    fidelity: Literal["paper", "released"] = "paper"
+    data: Data = Data()
+    model: Model
+    mim: MIM = MIM()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_of_the_fidelity(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("mim", {}), dict):
+            mim = dict(values.get("mim") or {})
+            if mim.get("loss") is None:
+                released_simmim = values.get("fidelity") == "released" and mim.get("objective", "simmim") == "simmim"
+                mim["loss"] = "l1" if released_simmim else "l2"
+            values = {**values, "mim": mim}
+        return values
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate at this run's global batch."""
+        return self.optimizer.lr * self.train.global_batch / self.optimizer.lr_batch
+
+    @property
+    def mask_patch(self) -> int:
+        """Side in pixels of the squares that are hidden or shown: 32 for SimMIM, the encoder's patch for MAE."""
+        if self.mim.objective == "simmim":
+            return 32
+        return 14 if self.model.name == "vit_h" else 16
+
+    @property
+    def mask_grid(self) -> int:
+        """Side of the mask, in mask patches."""
+        return self.data.image_size // self.mask_patch
+
+    @property
+    def hidden(self) -> int:
+        """Mask patches hidden in each image: ceil(ratio * L) for SimMIM, L - int(L * (1 - ratio)) for MAE."""
+        length = self.mask_grid**2
+        # Rounded first, so that 1 - 0.75 keeps the same whole number of patches on every machine.
+        if self.mim.objective == "simmim":
+            return math.ceil(round(length * self.mim.mask_ratio, 6))
+        return length - int(round(length * (1 - self.mim.mask_ratio), 6))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def nearest_key(key: str) -> str | None:
+    """The key that ``key`` was most likely meant to be: the same last part elsewhere, else the closest spelling."""
+    keys = known_keys()
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return max(same_leaf, key=lambda k: difflib.SequenceMatcher(None, k, key).ratio())
+    whole = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if whole:
+        return whole[0]
+    leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.6)
+    return next((k for k in keys if leaves and k.rsplit(".", 1)[-1] == leaves[0]), None)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file's top-level mapping.
+
+    Raises:
+        RecipeError: the file is not there, is no YAML, or holds something else than a mapping.
+    """
+    try:
+        # Built on SafeLoader: plain values only, no objects.
+        values = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        listing = f"; {path.parent} holds {', '.join(p.name for p in near)}" if near else ""
+        raise RecipeError(f"there is no recipe {path}{listing}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold sections such as 'model:' and 'train:', not {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict, override: str) -> None:
+    """Set one ``section.key=value`` in nested ``values``; the value is read as YAML.
+
+    Raises:
+        RecipeError: no '=' in it, or the key is not in the schema (the message names the nearest one).
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"'{override}' is not key=value, for example train.iterations=1000")
+    if key not in known_keys():
+        raise RecipeError(_unknown(key, "the command line"))
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of {key} is not valid: {' '.join(str(error).split())}") from None
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"'{section}' must be a section with keys such as {key}")
+    values[leaf] = value
+
+
+def _unknown(key: str, where: str) -> str:
+    near = nearest_key(key)
+    return f"unknown key '{key}' in {where}" + (f"; did you mean '{near}'?" if near else "; the README lists the keys")
+
+
+def resolve(values: dict, where: str) -> Recipe:
+    """Check nested ``values`` against the schema.
+
+    Args:
+        values: sections and their keys.
+        where: what to call the source in errors, for example the file's name.
+
+    Raises:
+        RecipeError: an unknown or misplaced key, or a value of the wrong kind; all problems are listed.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            # A union's branches appear in the location as class names; only the recipe's own keys are shown.
+            parts = [str(part) for part in item["loc"]]
+            key = ".".join(parts[: 2 if parts[0] in Recipe.model_fields and len(parts) > 1 else 1])
+            if item["type"] == "extra_forbidden":
+                problems.append(_unknown(".".join(parts), where))
+            elif item["type"] == "missing":
+                problems.append(f"{where} lacks '{key}'")
+            else:
+                problems.append(f"{key} in {where}: {item['msg']}, not {item['input']!r}")
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply ``key=value`` overrides, and check the whole.
+
+    Raises:
+        RecipeError: see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
+    """
+    values = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(values, override)
+    recipe = resolve(values, str(path))
+    size = recipe.data.image_size
+    if size % recipe.mask_patch:
+        raise RecipeError(
+            f"data.image_size={size} is not a multiple of the {recipe.mask_patch}-pixel mask patch of "
+            f"{recipe.model.name}; {size // recipe.mask_patch * recipe.mask_patch or recipe.mask_patch} would fit"
+        )
+    return recipe
+
+
+# Keys that may differ between two starts of one run: they change what is written, never a loss.
+FREE_KEYS = frozenset(
+    {
+        "data.shards",
+        "data.workers",
+        "data.max_damaged",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.pinned_steps",
+        "train.validate_every",
+        "train.validate_batch",
+        "train.log_every",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.reconstructions",
+        "train.branch_from",
+    }
+)
+# A branch shares its trunk's past, so only the length (and with it the step down) may differ.
+BRANCH_KEYS = FREE_KEYS | {"train.iterations", "data.validation_images"}
+
+
+def differences(a: Recipe, b: Recipe, free: frozenset[str]) -> list[str]:
+    """Keys outside ``free`` whose values differ, each as ``key: value in a, value in b``."""
+    flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
+    keys = [key for key in flat_a if key not in free and flat_a[key] != flat_b.get(key)]
+    return [f"{key}: {flat_a[key]} against {flat_b.get(key)}" for key in keys]
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
