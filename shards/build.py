@@ -27,7 +27,7 @@ _SHOWN_PROBLEMS = 200
 
 
 class Progress:
-    """How far a build is and when it ends: one line that renews itself on a terminal, a line every half minute elsewhere."""
+    """How far a build is and when it ends: one line that renews itself on a terminal, else one every half minute."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -44,7 +44,7 @@ class Progress:
         self._printed = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
         left = (total - done) / rate if rate > 0 else 0
-        line = f"{what}: {done:,}/{total:,} ({done / max(total, 1):.0%}), {rate:,.0f}/s, {left / 60:.0f} min {left % 60:02.0f} s left"
+        line = f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {int(left) // 60} min {int(left) % 60:02} s left"
         print(
             f"\r\x1b[K{line}" if self._terminal else line,
             end="" if self._terminal else "\n",
@@ -61,7 +61,7 @@ class Progress:
 
 
 def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
-    """A view from ``NAME=K`` (K classes), ``NAME=K@SEED``, ``NAME=P%`` or ``NAME=P%@SEED`` (another draw of P % of each class).
+    """A view from ``NAME=K`` (K classes), ``NAME=K@SEED``, ``NAME=P%`` or ``NAME=P%@SEED`` (P % of each).
 
     Raises:
         ShardError: none of these, or more classes than there are.
@@ -71,7 +71,8 @@ def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
     number = amount.removesuffix("%")
     if not name or not number.isdigit() or (own_seed and not own_seed.isdigit()) or name.isdigit() or name == "val":
         raise ShardError(
-            f"--subset {text}: write NAME=K, or NAME=P%, with @SEED after it for another draw; NAME is no number and not val"
+            f"--subset {text}: write NAME=K or NAME=P%, with @SEED after it for another draw; "
+            "NAME is not a number and not val"
         )
     seed = int(own_seed) if own_seed else seed
     if amount.endswith("%"):

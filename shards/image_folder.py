@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mimscale.data import decode
@@ -64,7 +65,7 @@ class FolderClass(ScanTask):
                 continue
             try:
                 size = os.fstat(descriptor).st_size
-                kind = decode.identify(lambda start, length, fd=descriptor: os.pread(fd, length, start), size)
+                kind = decode.identify(partial(_pread, descriptor), size)
             except (DamagedSample, OSError) as error:
                 found.rejected.append((full, str(error)))
                 continue
@@ -75,6 +76,10 @@ class FolderClass(ScanTask):
             found.sizes.append(size)
             found.kinds.append(kind)
         return found
+
+
+def _pread(descriptor: int, start: int, length: int) -> bytes:
+    return os.pread(descriptor, length, start)
 
 
 def _stem(path: str) -> str:

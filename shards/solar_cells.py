@@ -2,8 +2,9 @@
 
     python shards/solar_cells.py DEST
 
-2,624 electroluminescence photographs of solar cells (300 x 300 PNG). A class is a module type and an expert's probability of a
-defect. DEST/train and DEST/val hold links into the installed package; about a tenth of every class is held out.
+2,624 electroluminescence photographs of solar cells (300 x 300 PNG). A class is a module type and an expert's
+probability of a defect. DEST/train and DEST/val hold links into the installed package; about a tenth of every class is
+held out.
 """
 
 from __future__ import annotations
@@ -88,9 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ShardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{counts['train']} photographs to train on in {options.destination / 'train'}, {counts['val']} held out in {options.destination / 'val'}"
-    )
+    for split, use in (("train", "to train on"), ("val", "held out")):
+        print(f"{counts[split]} photographs {use} in {options.destination / split}")
     return 0
 
 

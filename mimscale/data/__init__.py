@@ -1,6 +1,6 @@
-"""Shards of images: what is in them, in which order they come, and the batches made of them. Stands alone: no DeepSpeed, no models.
+"""Shards of images: what is in them, in which order they come, and the batches made of them.
 
-Names are imported on first use, so that building shards does not wait for torch.
+Stands alone: no DeepSpeed, no models. Names are imported on first use, so that building shards does not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From decoded pixels to what the model sees: crop boxes, flips, resizes. All on uint8; normalising is the device's work."""
+"""From decoded pixels to what the model sees: crop boxes, resizes. All on uint8; the device normalises."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mimscale.data.errors import ShardError
 
@@ -35,7 +35,8 @@ def _die_with_parent() -> None:
 def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """``function(task)`` for every task, results in the order of the tasks.
 
-    A killed worker costs nothing but time: whatever it and its siblings had not returned runs again in a new set of processes.
+    A killed worker costs nothing but time: whatever it and its siblings had not returned runs again in a new set of
+    processes.
 
     Args:
         function: a module-level function; it may run more than once for a task.
@@ -49,7 +50,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("fork")
-    waiting: deque[tuple[Task, Future]] = deque()
+    waiting: deque[tuple[Any, Future]] = deque()
     source = iter(tasks)
     deaths = 0
     pool = ProcessPoolExecutor(workers, context, _die_with_parent)
@@ -57,19 +58,20 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         while True:
             try:
                 while len(waiting) < 4 * workers:
-                    task = next(source, _NOTHING)
+                    task: Any = next(source, _NOTHING)
                     if task is _NOTHING:
                         break
                     waiting.append((task, Future()))
                     waiting[-1] = (task, pool.submit(function, task))
                 if not waiting:
                     return
-                result = waiting[0][1].result()
+                result: Result = waiting[0][1].result()
             except BrokenProcessPool:
                 deaths += 1
                 if deaths >= _MAX_DEATHS_IN_A_ROW:
                     raise ShardError(
-                        f"worker processes were killed {deaths} times in a row (out of memory?); run it again with fewer --workers"
+                        f"worker processes were killed {deaths} times in a row (out of memory?); "
+                        "run it again with fewer --workers"
                     ) from None
                 pool.shutdown(wait=False)
                 pool = ProcessPoolExecutor(workers, context, _die_with_parent)

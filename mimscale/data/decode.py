@@ -1,7 +1,7 @@
 """Bytes to RGB pixels, and the cheaper question whether bytes are an image at all.
 
-JPEGs go through libjpeg-turbo; PNGs, and whatever libjpeg-turbo will not turn into RGB (CMYK, lossless, odd sampling), through
-Pillow. Nothing is allocated before the header's size has been looked at.
+JPEGs go through libjpeg-turbo; PNGs, and whatever libjpeg-turbo will not turn into RGB (CMYK, lossless, odd sampling),
+through Pillow. Nothing is allocated before the header's size has been looked at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from PIL import Image
 
 from mimscale.data.errors import DamagedSample
 
-# 300 MB of RGB. The largest photographs in ImageNet-22K are a quarter of this; a 65,500 x 65,500 JPEG would ask for 13 GB.
+# 300 MB of RGB. The largest photographs in ImageNet-22K are a quarter of this; a 65,500 x 65,500 JPEG would ask for 13
+# GB.
 MAX_PIXELS = 100_000_000
 
 JPEG, PNG, OTHER = 0, 1, 2
@@ -50,7 +51,9 @@ def decode_jpeg_strictly(data: bytes) -> np.ndarray:
 
 
 def decode_leniently(data: bytes) -> np.ndarray:
-    """Whatever Pillow makes of the bytes, as uint8 (height, width, 3): stray bytes between markers are not an error, an early end is.
+    """Whatever Pillow makes of the bytes, as uint8 (height, width, 3).
+
+    Stray bytes between markers are no error, an early end is.
 
     Raises:
         DamagedSample: not an image, cut short, or too large.
@@ -131,7 +134,7 @@ def _jpeg_size(read: Read, size: int) -> tuple[int, int]:
 
 
 def identify(read: Read, size: int) -> int:
-    """Which kind of image lies behind ``read``, from its structure where that is enough and by decoding it where it is not.
+    """Which kind of image lies behind ``read``, from its structure where that is enough.
 
     A JPEG whose segments hold together up to the first scan and whose last bytes are its end marker is taken at its
     word: that costs microseconds and catches cut files. Anything else is decoded.

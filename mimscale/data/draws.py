@@ -1,9 +1,9 @@
 """Randomness that belongs to a place, not to a process.
 
-Every draw is a hash of (seed, purpose, position, number of the draw), where the position is that of the sample in the whole run:
-``step * global_batch + i``. Rank, worker, micro-batch and restart do not enter, so none of them can change a pixel. The hash is
-SplitMix64's finaliser, applied to whole arrays: a batch of draws costs microseconds, and the numbers do not depend on the release
-of any library.
+Every draw is a hash of (seed, purpose, position, number of the draw), where the position is that of the sample in the
+whole run: ``step * global_batch + i``. Rank, worker, micro-batch and restart do not enter, so none of them can change
+a pixel. The hash is SplitMix64's finaliser, applied to whole arrays: a batch of draws costs microseconds, and the
+numbers do not depend on the release of any library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _finalise(x: np.ndarray) -> np.ndarray:
 
 
 def _key(seed: int, purpose: int, *more: int) -> np.ndarray:
-    """One uint64 (as an array of one) that stands for a seed, a purpose and whatever else separates two streams of draws."""
+    """An array of one uint64 that stands for a seed, a purpose and whatever else separates two streams."""
     key = np.zeros(1, np.uint64)
     for part in (seed, purpose, *more):
         key = _finalise(key * _GOLDEN + np.asarray([part & 0xFFFFFFFFFFFFFFFF], np.uint64) + _GOLDEN)

@@ -38,10 +38,11 @@ class ShardIndex:
 
     @classmethod
     def load(cls, root: str | Path) -> ShardIndex:
-        """Open a shard folder and check that its files are those the index was written for (sizes, and the table's SHA-256).
+        """Open a shard folder and check that its files are those its index was written for.
 
         Raises:
-            ShardError: no folder, an unfinished build, or an index that does not match its files; names the file and what to do.
+            ShardError: no folder, an unfinished build, or an index that does not match its files; names the file and
+                what to do.
         """
         index = cls.load_unchecked(root)
         index._check_tars()
@@ -80,12 +81,12 @@ class ShardIndex:
                 size = path.stat().st_size
             except OSError:
                 raise ShardError(
-                    f"{path} is missing, but the index lists it: index does not match its tars; restore it or build again"
+                    f"{path} is missing: index does not match its tars; restore it, or build again"
                 ) from None
             if size != shard.bytes:
                 raise ShardError(
                     f"{path} has {size:,} bytes and the index says {shard.bytes:,}: index does not match its tars; "
-                    f"restore it or build again"
+                    "restore it, or build again"
                 )
 
     def check_table(self) -> None:
@@ -206,14 +207,17 @@ class ShardIndex:
         """
         row = self._table[sample]
         offset, size = int(row["offset"]), int(row["size"])
-        # A mapping would make a process die of SIGBUS on a tar that was cut after it was opened; pread comes back short.
+        # A mapping would make a process die of SIGBUS on a tar that was cut after it was opened; pread comes back
+        # short.
         block = os.pread(self._descriptor(int(row["shard"])), BLOCK + size, offset - BLOCK) if offset >= BLOCK else b""
         if len(block) != BLOCK + size:
             raise DamagedSample(f"{self.shard_of(sample)} ends before it")
         key = bytes(row["key"])
         head = block[:BLOCK]
-        # Packing the header again would cost more than looking at it: a name of up to 100 bytes stands first and entire.
-        if (not self.content.foreign and head[: len(key) + 4] not in (key + SUFFIXES[0], key + SUFFIXES[1])) or int_of(head) != size:
+        # Packing the header again would cost more than looking at it: a name of up to 100 bytes stands first and
+        # entire.
+        named = self.content.foreign or head[: len(key) + 4] in (key + SUFFIXES[0], key + SUFFIXES[1])
+        if not named or _plain_size(head) != size:
             self._check_header(head, key, size, sample)
         return block[BLOCK:]
 
@@ -233,7 +237,8 @@ class ShardIndex:
 
     def _descriptor(self, shard: int) -> int:
         if self._owner != os.getpid():
-            # After a fork the parent's descriptors are shared, file positions are not used, and closing them is the parent's.
+            # After a fork the parent's descriptors are shared, file positions are not used, and closing them is the
+            # parent's.
             self._open, self._owner = OrderedDict(), os.getpid()
         descriptor = self._open.get(shard)
         if descriptor is not None:
@@ -271,7 +276,7 @@ class ShardIndex:
         return rows
 
 
-def int_of(head: bytes) -> int:
+def _plain_size(head: bytes) -> int:
     """The size field of a tar header as our own writer leaves it; -1 for any other form."""
     try:
         return int(head[124:135], 8)
@@ -299,7 +304,8 @@ def _read_index(root: Path) -> Index:
         )
     if any(root.glob("*.tar")):
         raise ShardError(
-            f"{root} has tars but no {INDEX_NAME}: the build did not finish, or they come from elsewhere; build (or index) them"
+            f"{root} has tars but no {INDEX_NAME}: the build did not finish (run it again), or they come from elsewhere "
+            "(run: python shards/build.py index)"
         )
     raise ShardError(f"{root} has no {INDEX_NAME}: not a shard folder; build one with: python shards/build.py build")
 

@@ -1,4 +1,4 @@
-"""What a build will store: one row an image, kept in columns on disk so that fourteen million rows need little memory."""
+"""What a build will store: one row an image, in columns on disk: fourteen million rows need little memory."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ _MAX_KEY_PART = 90
 
 
 def safe_part(name: str) -> str:
-    """One part of a key: no dots (WebDataset ends a key at the first), no slashes, no control characters, at most 90 bytes."""
+    """One part of a key: no dots (WebDataset ends a key at the first), no slashes; at most 90 bytes."""
     import hashlib
 
     safe = name.encode("utf-8", "replace").decode().translate(_UNSAFE) or "_"

@@ -1,7 +1,7 @@
 """What is in a shard folder: file names, the index and the sample table.
 
-``index.json`` is small and says everything about the set as a whole; it is written last, so a folder without it is an unfinished
-build. ``samples.npy`` has one fixed-width row a sample, memory-mapped, in the order of the shards.
+``index.json`` is small and says everything about the set as a whole; it is written last, so a folder without it is an
+unfinished build. ``samples.npy`` has one fixed-width row a sample, memory-mapped, in the order of the shards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (b".jpg", b".png")
 
 
 def table_dtype(key_bytes: int) -> np.dtype:
-    """One row of the sample table; ``offset`` and ``size`` are those of the image payload, bytes, ``crc`` its CRC-32."""
+    """One row of the sample table; ``offset``, ``size`` (bytes) and ``crc`` (CRC-32) are those of the image payload."""
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass
 class View:
-    """A named choice of training samples that is not stored: ``classes`` of them drawn by ``seed``, or ``percent`` of each class."""
+    """A named choice of training samples, not stored: ``classes`` drawn by ``seed``, or ``percent`` of each class."""
 
     seed: int
     classes: list[int] | None = None
@@ -98,7 +98,7 @@ class Index:
             raise ShardError(f"{where} is not the index of a shard folder")
         if content.get("version") != VERSION:
             raise ShardError(
-                f"{where} has format version {content.get('version')}; this release reads version {VERSION}: build it again"
+                f"{where} has format version {content.get('version')}; this release reads {VERSION}: build again"
             )
         del content["format"], content["version"]
         try:
@@ -114,7 +114,7 @@ class Index:
             raise ShardError(f"{where} lacks or mistypes a field ({error}); restore it, or build it again") from None
         if not ok:
             raise ShardError(
-                f"{where} contradicts itself (sample counts, or shards outside its folder); restore it, or build it again"
+                f"{where} contradicts itself (sample counts, or shards outside its folder); restore it, or build again"
             )
         return index
 

@@ -73,8 +73,9 @@ def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tu
 def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
     """A sample's pixels, uint8 (height, width, 3).
 
-    A JPEG that libjpeg-turbo complains of is looked at again: if its bytes are those that were stored, the source was like that
-    (ImageNet has some, with stray bytes before the end) and Pillow's reading of it stands; if not, the shard was damaged.
+    A JPEG that libjpeg-turbo complains of is looked at again: if its bytes are those that were stored, the source was
+    like that (ImageNet has some, with stray bytes before the end) and Pillow's reading of it stands; if not, the shard
+    was damaged.
 
     Raises:
         DamagedSample: the bytes are not the ones stored, or are no image.
@@ -106,8 +107,8 @@ class _MIMSteps:
 class MIMStream:
     """Iterates over a run's batches, one a step, for ever or up to ``stop_step``.
 
-    The crop, flip and mask of a sample are keyed to its position in the run. So the pixels at a position do not depend on rank,
-    world size, worker count or where the run was resumed.
+    The crop, flip and mask of a sample are keyed to its position in the run. So the pixels at a position do not depend
+    on rank, world size, worker count or where the run was resumed.
 
     Args:
         index: the shard folder.
@@ -184,8 +185,9 @@ class MIMStream:
         skipped: list[tuple[str, str]] = []
         for row in range(share):
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)
-            top, left, height, width = augment.crop_box(crops[row], *pixels.shape[:2], self.crop_scale, self.crop_ratio)
-            crop = pixels[top : top + height, left : left + width]
+            height, width, _ = pixels.shape
+            top, left, h, w = augment.crop_box(crops[row], height, width, self.crop_scale, self.crop_ratio)
+            crop = pixels[top : top + h, left : left + w]
             image = augment.resize(crop, (self.image_size, self.image_size), self.interpolation)
             images[row] = image.flip(-1) if flips[row] else image
         return MIMBatch(
@@ -230,5 +232,6 @@ def too_many(damaged: dict[str, str], limit: int) -> ShardError:
     """The error for a data set that is more damaged than it may be."""
     some = "; ".join(f"{key}: {reason}" for key, reason in list(damaged.items())[:5])
     return ShardError(
-        f"{len(damaged)} damaged samples, over the limit max_damaged={limit} (run: python shards/build.py verify). Some of them: {some}"
+        f"{len(damaged)} damaged samples, over the limit of {limit} (python shards/build.py verify names all). "
+        f"Some of them: {some}"
     )

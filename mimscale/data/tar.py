@@ -141,7 +141,8 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
     """
     descriptor = file if isinstance(file, int) else file.fileno()
     position, last = start, "its start"
-    long_name, pax = None, {}
+    long_name: bytes | None = None
+    pax: dict[bytes, bytes] = {}
     while position < end:
         block = os.pread(descriptor, BLOCK, position)
         if len(block) == BLOCK and not block.strip(b"\x00"):

@@ -41,7 +41,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         for step in _StepNumbers(start, stop):
             yield steps[step]
         return
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Caught(steps),  # type: ignore[arg-type]
         batch_size=None,
         sampler=_StepNumbers(start, stop),

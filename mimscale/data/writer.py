@@ -1,7 +1,7 @@
-"""Sources in, shards out: plan, write, index. Nothing is unpacked, nothing is overwritten, and a killed build goes on where it was.
+"""Sources in, shards out; a killed build goes on where it was.
 
-The plan (which sample goes where) is settled from the listing alone, before a byte is written. So it does not depend on how many
-processes write, and a shard that was finished before a kill is the shard that would be written again.
+The plan (which sample goes where) is settled from the listing alone, before a byte is written. So it does not depend
+on how many processes write, and a shard that was finished before a kill is the shard that would be written again.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _scan(
 def _plan(
     listing: Listing, train_rows: int, options: Options
 ) -> tuple[np.ndarray, list[tuple[str, str, int, int, int]]]:
-    """The order of all samples (rows of the listing), and the shards as (file, split, stratum, start, stop) in that order."""
+    """The order of all samples (rows of the listing), and the shards as (file, split, stratum, start, stop) of it."""
     stratum_of = strata.assign(np.asarray(listing.label[:train_rows]), strata.FRACTIONS, options.seed)
     order = np.empty(len(listing), np.uint32 if len(listing) < 1 << 32 else np.int64)
     shards: list[tuple[str, str, int, int, int]] = []
