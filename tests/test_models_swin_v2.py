@@ -95,7 +95,7 @@ def test_blocks_start_as_the_identity_and_weights_come_from_the_seed_alone():
     encoder = small()
     x = torch.randn(2, 256, 16)
     plan = encoder._plan(photographs(1, 64))
-    assert torch.equal(encoder.layers[0].blocks[1](x, plan.stages[0].positions[1]), x)
+    assert torch.equal(encoder.layers[0].blocks[1](x, positions=plan.stages[0].positions[1]), x)
     torch.manual_seed(5)
     again = small()
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))

@@ -1,5 +1,7 @@
 """SimMIM on a SwinV2 (the paper, section 3.1): hide patches, encode the rest with mask tokens, predict pixels."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -147,6 +149,7 @@ class SimMIM(nn.Module):
         names = {n for n, _ in self.named_parameters() if "cpb_mlp" in n or "logit_scale" in n}
         return {"encoder.mask_token"} | (names if fidelity == "paper" else set())
 
-    def set_grad_checkpointing(self, enable: bool = True, **options) -> None:
-        """Recompute the encoder's blocks in the backward pass; ``options`` as in the encoder."""
-        self.encoder.set_grad_checkpointing(enable, **options)
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute blocks of encoder and decoder in the backward pass; ``options`` as in the encoder."""
+        self.encoder.set_grad_checkpointing(enable=enable, **options)
+        self.decoder.set_grad_checkpointing(enable=enable, **options)

@@ -58,41 +58,56 @@ class PositionLinear(Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class PositionBias(nn.Sequential):
+    """The log-spaced continuous position bias: an MLP from relative positions to one value a head.
+
+    Args:
+        num_heads: heads.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__(PositionLinear(2, 512), nn.ReLU(inplace=True), PositionLinear(512, num_heads, bias=False))
+
+    def forward(self, positions: Positions) -> torch.Tensor:
+        """Evaluate 16 * sigmoid(MLP) for every pair of tokens, as (heads, N, N) in fp32 or fp64."""
+        table = BIAS_RANGE * torch.sigmoid(super().forward(positions.offsets))
+        return table.index_select(0, positions.pairs).view(positions.tokens, positions.tokens, -1).permute(2, 0, 1)
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention within windows (SwinV2, section 3.2 and 3.3).
 
     Args:
         dim: channels C.
         num_heads: heads, a divisor of C.
+        own_bias: own a position bias; without, ``forward`` is given one.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, own_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(SCALE_START)))
-        self.cpb_mlp = nn.Sequential(
-            PositionLinear(2, 512), nn.ReLU(inplace=True), PositionLinear(512, num_heads, bias=False)
-        )
+        self.cpb_mlp = PositionBias(num_heads) if own_bias else None
         self.qkv = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = Linear(dim, dim)
 
-    def position_bias(self, positions: Positions) -> torch.Tensor:
-        """Evaluate the position bias, 16 * sigmoid(MLP), as (heads, N, N) in fp32 or fp64."""
-        table = BIAS_RANGE * torch.sigmoid(self.cpb_mlp(positions.offsets))
-        return table.index_select(0, positions.pairs).view(positions.tokens, positions.tokens, -1).permute(2, 0, 1)
-
-    def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: Positions, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within windows.
 
         Args:
             x: (B * windows, N, C), window after window.
             positions: of the way the windows are cut.
+            bias: (heads, N, N), where the module owns none.
 
         Returns:
             (B * windows, N, C)
         """
+        if self.cpb_mlp is not None:
+            bias = self.cpb_mlp(positions)
+        if bias is None:
+            raise ValueError("this attention owns no position bias and was given none")
         groups, tokens, dim = x.shape
         qkv = self.qkv(x, torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)))
         q, k, v = qkv.view(groups, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -100,7 +115,7 @@ class WindowAttention(nn.Module):
         scale = self.logit_scale.clamp(max=math.log(SCALE_LIMIT)).exp()
         q = F.normalize(q, dim=-1) * scale
         k = F.normalize(k, dim=-1)
-        logits = q @ k.transpose(-2, -1) + self.position_bias(positions)
+        logits = q @ k.transpose(-2, -1) + bias
         if positions.penalty is not None:
             logits = logits.view(-1, len(positions.penalty), self.num_heads, tokens, tokens) + positions.penalty
             logits = logits.view(groups, self.num_heads, tokens, tokens)

@@ -1,12 +1,18 @@
 """SimMIM's prediction heads (the paper's Table 4): from the encoder's features to pixels."""
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mimscale.models.swin_v2 import SwinTransformerV2
+from mimscale.models.attention import PositionBias
+from mimscale.models.recompute import set_checkpoints
+from mimscale.models.swin_plan import PlanCache, build_stage
+from mimscale.models.swin_v2 import SwinBlock, SwinTransformerV2, run_blocks
 
-DECODERS = ("linear", "4-blocks", "8-blocks")
+DECODERS = {"linear": 0, "4-blocks": 4, "8-blocks": 8}
 
 
 class PixelHead(nn.Conv2d):
@@ -21,7 +27,13 @@ class PixelHead(nn.Conv2d):
 
 
 class LinearDecoder(nn.Sequential):
-    """One linear layer and a pixel shuffle, in the released names (``decoder.0``)."""
+    """One linear layer and a pixel shuffle, in the released names (``decoder.0``).
+
+    Args:
+        dim: channels of the features.
+        stride: side of the patch that each feature stands for, in pixels.
+        channels: of the images.
+    """
 
     def __init__(self, dim: int, stride: int, channels: int):
         super().__init__(PixelHead(dim, channels * stride * stride), nn.PixelShuffle(stride))
@@ -34,18 +46,57 @@ class LinearDecoder(nn.Sequential):
             hidden: indices (K,) of the features, counted through (B, h, w), that are to be predicted; None for all.
 
         Returns:
-            Images (B, channels, h * stride, w * stride), or with ``hidden`` their patches (K, channels * stride *
-            stride).
+            Images (B, channels, h * stride, w * stride), or with ``hidden`` their patches
+            (K, channels * stride * stride).
         """
-        batch, dim, height, width = features.shape
-        rows = features.permute(0, 2, 3, 1).reshape(-1, dim)
+        batch, _, height, width = features.shape
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2)
         if hidden is not None:
             return self[0](rows.index_select(0, hidden))
         pixels = self[0](rows).view(batch, height, width, -1).permute(0, 3, 1, 2)
         return self[1](pixels)
 
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Do nothing: there is next to nothing to recompute."""
 
-def create_decoder(name: str, encoder: SwinTransformerV2) -> nn.Module:
+
+class BlockDecoder(LinearDecoder):
+    """SwinV2 blocks at the encoder's last width, then the linear layer.
+
+    The blocks share one position bias: they attend in the same windows, and only so do the parameters add up to Table
+    4's.
+
+    Args:
+        encoder: whose width, heads and windows the blocks take.
+        depth: number of blocks.
+    """
+
+    def __init__(self, encoder: SwinTransformerV2, depth: int):
+        super().__init__(encoder.num_features, encoder.stride, encoder.in_chans)
+        dim, heads = encoder.num_features, encoder.num_heads[-1]
+        self.blocks: Any = nn.ModuleList(SwinBlock(dim, heads, own_bias=False) for _ in range(depth))
+        self.cpb_mlp = PositionBias(heads)
+        self.window, self.reference = encoder.window_size, encoder.references[-1]
+        self._plans = PlanCache()
+
+    def forward(self, features: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict pixels, as ``LinearDecoder`` does."""
+        batch, dim, height, width = features.shape
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        make = partial(build_stage, (height, width), self.window, self.reference, features.device, dtype)
+        plan = self._plans.get((height, width, features.device, dtype), make)
+        tokens = plan.enter(features.flatten(2).transpose(1, 2))
+        bias = self.cpb_mlp(plan.positions[0])
+        x, order = run_blocks(self.blocks, tokens, bias, plan=plan, scales=None)
+        x = plan.leave[order](x).transpose(1, 2).reshape(batch, dim, height, width)
+        return super().forward(x, hidden)
+
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute blocks in the backward pass; ``options`` as in the encoder."""
+        set_checkpoints(self.blocks, enable, **options)
+
+
+def create_decoder(name: str, encoder: SwinTransformerV2) -> LinearDecoder:
     """Make the decoder for an encoder.
 
     Raises:
@@ -53,4 +104,7 @@ def create_decoder(name: str, encoder: SwinTransformerV2) -> nn.Module:
     """
     if name not in DECODERS:
         raise ValueError(f'decoder is one of {", ".join(DECODERS)}, not "{name}"')
+    depth = DECODERS[name]
+    if depth:
+        return BlockDecoder(encoder, depth)
     return LinearDecoder(encoder.num_features, encoder.stride, encoder.in_chans)

@@ -6,6 +6,8 @@ sweep: every layer draws its weights in its own constructor, from torch's defaul
     construction.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,10 +21,18 @@ def trunc_normal(parameter: torch.Tensor, std: float = WEIGHT_STD) -> None:
     The same seed so gives the same weights, up to rounding, for a model that is built in bf16.
     """
     with torch.no_grad():
-        drawn = parameter.float()  # the same storage where the parameter is fp32 already
+        drawn = parameter.float()
         nn.init.trunc_normal_(drawn, std=std)
-        if drawn.data_ptr() != parameter.data_ptr() or drawn.dtype != parameter.dtype:
+        if drawn is not parameter:
             parameter.copy_(drawn)
+
+
+def xavier(parameter: torch.Tensor) -> None:
+    """Fill a matrix (outputs, inputs), or a kernel (outputs, ...), by Xavier's uniform, drawn in fp32."""
+    with torch.no_grad():
+        drawn = parameter.float().flatten(1)
+        nn.init.xavier_uniform_(drawn)
+        parameter.copy_(drawn.view_as(parameter))
 
 
 class Linear(nn.Linear):
@@ -46,6 +56,16 @@ class QkvLinear(Linear):
         return F.linear(x, self.weight, bias)
 
 
+class XavierLinear(nn.Linear):
+    """A linear layer of a ViT, which starts at Xavier's uniform with a zero bias (MAE, appendix A)."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values; called by the constructor."""
+        xavier(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class ZeroLayerNorm(nn.LayerNorm):
     """A layer norm whose weight starts at 0, so that a residual branch that ends in it starts as nothing."""
 
@@ -58,8 +78,17 @@ class ZeroLayerNorm(nn.LayerNorm):
 class PatchProjection(nn.Conv2d):
     """A convolution whose stride is its kernel, applied to patches that are cut out already: one matrix product."""
 
-    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        start: Callable[[torch.Tensor], None] | None = None,
+    ):
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+        if start is not None:
+            start(self.weight)
+            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Map patches (B, L, in_channels * patch * patch), to (B, L, out_channels) in the weights' dtype."""
@@ -77,3 +106,37 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., C) to (..., C)."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchMerging(nn.Module):
+    """Join 2 x 2 tokens into one of twice the width: reduce first, norm after."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, L, C), the tokens to join following each other, to (B, L / 4, 2C)."""
+        batch, length, dim = x.shape
+        return self.norm(self.reduction(x.reshape(batch, length // 4, 4 * dim)))
+
+
+def cut_patches(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """Cut images (B, 3, H, W) into patches (B, L, 3 * patch * patch), row by row."""
+    batch, channels, height, width = images.shape
+    patches = images.view(batch, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, -1, channels * patch * patch)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: a linear projection and a norm."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = PatchProjection(in_chans, embed_dim, patch_size)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Embed patches (B, L, 3 * patch * patch) as tokens (B, L, C)."""
+        return self.norm(self.proj(patches))

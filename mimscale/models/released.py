@@ -99,15 +99,20 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], source
     parameters = dict(model.named_parameters())
     # A parameter that ZeRO-3 has partitioned shows its real shape under another name.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    state = dict(state)
+    renamed: Any = getattr(model, "from_released", dict)
+    state = renamed(state)
     optional: set[str] = set()
-    if any(name.startswith("encoder.") for name in state) and not any(n.startswith("encoder.") for n in parameters):
-        state = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-        if "mask_token" not in parameters:
-            state.pop("mask_token", None)
-        optional = {name for name in parameters if name.startswith("head.")}
-    elif not any(name.startswith("head.") for name in parameters):
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if not any(name.startswith("encoder.") for name in parameters):
+        state = _encoder_part(state, parameters)
+        if not any(name.startswith("head.") for name in state):
+            optional = {name for name in parameters if name.startswith(("head.", "fc_norm."))}
+    try:
+        for name, module in model.named_modules():
+            drop_tables: Any = getattr(module, "drop_tables", None)
+            if drop_tables is not None:
+                drop_tables(state, f"{name}." if name else "")
+    except ValueError as error:
+        raise CheckpointMismatch(f"{source} does not fit this {type(model).__name__}: {error}") from None
     missing = [name for name in shapes if name not in state and name not in optional]
     problems = [f"missing in the file: {name} {shapes[name]}" for name in missing]
     problems += [
@@ -124,6 +129,23 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], source
             f"{source} does not fit this {type(model).__name__}; nothing was loaded:\n  {listed}{_hint(state, shapes)}"
         )
     return {name: value for name, value in state.items() if name in shapes}
+
+
+def _encoder_part(state: dict[str, torch.Tensor], wanted: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Keep of a checkpoint what an encoder by itself takes; ``wanted`` are the encoder's own names."""
+    if any(name.startswith("encoder.") for name in state):
+        state = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    elif "decoder_embed.weight" in state:
+        state = {n: value for n, value in state.items() if n != "mask_token" and not n.startswith("decoder_")}
+    has_head = any(name.startswith("head.") for name in state)
+    left = []
+    if not any(name.startswith("head.") for name in wanted):
+        left += ["head."]
+    if not has_head and "norm.weight" not in wanted:
+        left += ["norm."]  # a ViT that pools norms after pooling, by a norm of its own
+    if "mask_token" not in wanted:
+        left += ["mask_token"]
+    return {name: value for name, value in state.items() if not name.startswith(tuple(left))}
 
 
 def _hint(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:

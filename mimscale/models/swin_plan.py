@@ -3,8 +3,9 @@
 Worked out once for each size and device, from sizes alone.
 """
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from mimscale.models.windows import (
     window_regions,
 )
 
-if TYPE_CHECKING:
-    from mimscale.models.swin_v2 import SwinTransformerV2
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StagePlan:
         size: of the map, in tokens.
         positions: within the windows.
         moves: to each order, from the other.
+        enter: from row by row to the unshifted order.
         leave: from each order to row by row.
         merge: from each order to the tokens that patch merging joins; empty at the last stage.
     """
@@ -41,15 +42,15 @@ class StagePlan:
     size: tuple[int, int]
     positions: tuple[Positions, Positions]
     moves: tuple[Move, Move]
+    enter: Move
     leave: tuple[Move, Move]
     merge: tuple[Move, ...]
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """All stages, and the order in which tokens enter the first."""
+    """All stages, and for each token of the first the patch of the mask that it lies in."""
 
-    enter: Move
     patch_of_token: torch.Tensor
     mask_grid: tuple[int, int]
     stages: list[StagePlan]
@@ -87,38 +88,62 @@ def _positions(window: Window, reference: tuple[int, int], device: torch.device,
     return Positions(spaced, torch.as_tensor(index, device=device), penalty, window.area)
 
 
+def build_stage(
+    size: tuple[int, int],
+    window: int,
+    reference: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    next_order: Window | None = None,
+) -> StagePlan:
+    """Work out one stage.
+
+    Args:
+        size: of its map, in tokens.
+        window: of the attention, before clipping.
+        reference: window that the position bias was trained in.
+        device: of the tokens.
+        dtype: of the position tables.
+        next_order: unshifted windows of the stage that follows, if one does.
+    """
+    windows = [clip_window(*size, window, shifted) for shifted in (False, True)]
+    plain, shifted = (window_order(cut) for cut in windows)
+    rows = np.arange(size[0] * size[1])
+    merge: tuple[Move, ...] = ()
+    if next_order is not None:
+        target = merged_order(size, next_order)
+        merge = (Move(plain, target, device), Move(shifted, target, device))
+    return StagePlan(
+        size,
+        (_positions(windows[0], reference, device, dtype), _positions(windows[1], reference, device, dtype)),
+        (Move(shifted, plain, device), Move(plain, shifted, device)),
+        Move(rows, plain, device),
+        (Move(plain, rows, device), Move(shifted, rows, device)),
+        merge,
+    )
+
+
 def build_plan(
-    encoder: "SwinTransformerV2", grid: tuple[int, int], device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int],
+    window: int,
+    references: Sequence[tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> MapPlan:
-    """Work out the plan of a map of ``grid`` tokens; position tables are in ``dtype``."""
-    count = len(encoder.depths)
+    """Work out the plan of a map of ``grid`` tokens and one stage for each of ``references`` (see ``build_stage``)."""
+    count = len(references)
     sizes = [(-(-grid[0] // 2**i), -(-grid[1] // 2**i)) for i in range(count)]
-    windows = [[clip_window(*size, encoder.window_size, shifted) for shifted in (False, True)] for size in sizes]
-    stages = []
-    for i, size in enumerate(sizes):
-        orders = [window_order(window) for window in windows[i]]
-        rows = np.arange(size[0] * size[1])
-        merge: tuple[Move, ...] = ()
-        if i + 1 < count:
-            target = merged_order(size, windows[i + 1][0])
-            merge = (Move(orders[0], target, device), Move(orders[1], target, device))
-        plain, shifted = (_positions(window, encoder.references[i], device, dtype) for window in windows[i])
-        stages.append(
-            StagePlan(
-                size,
-                (plain, shifted),
-                (Move(orders[1], orders[0], device), Move(orders[0], orders[1], device)),
-                (Move(orders[0], rows, device), Move(orders[1], rows, device)),
-                merge,
-            )
-        )
-    order = window_order(windows[0][0])
+    cuts = [clip_window(*size, window, shifted=False) for size in sizes]
+    stages = [
+        build_stage(size, window, reference, device, dtype, following)
+        for size, reference, following in zip(sizes, references, [*cuts[1:], None], strict=True)
+    ]
+    order = window_order(cuts[0])
     row, column = np.divmod(np.maximum(order, 0), grid[1])
     shrink = 2 ** (count - 1)
     mask_grid = (-(-grid[0] // shrink), -(-grid[1] // shrink))
     patch = (row // shrink) * mask_grid[1] + column // shrink
-    enter = Move(np.arange(grid[0] * grid[1]), order, device)
-    return MapPlan(enter, torch.as_tensor(patch, device=device), mask_grid, stages)
+    return MapPlan(torch.as_tensor(patch, device=device), mask_grid, stages)
 
 
 class PlanCache:
@@ -126,18 +151,15 @@ class PlanCache:
 
     def __init__(self, limit: int = 8):
         self._limit = limit
-        self._plans: dict[tuple, MapPlan] = {}
+        self._plans: dict[Hashable, Any] = {}
 
-    def get(
-        self, encoder: "SwinTransformerV2", grid: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> MapPlan:
-        """Return the plan, worked out at the first call for its size, device and dtype."""
-        key = (grid, device, dtype)
+    def get(self, key: Hashable, build: Callable[[], Plan]) -> Plan:
+        """Return the plan for ``key``, worked out at the first call."""
         if key not in self._plans:
             # A plan made in inference mode could not serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                plan = build_plan(encoder, grid, device, dtype)
-            if isinstance(plan.patch_of_token, FakeTensor):
+                plan = build()
+            if isinstance(torch.empty(0), FakeTensor):
                 return plan  # made under a tracing mode, of no use outside it
             if len(self._plans) >= self._limit:
                 self._plans.pop(next(iter(self._plans)))

@@ -5,31 +5,19 @@ whose residual branches end in a norm, patch merging between stages, final norm.
 throughout (see ``windows``), and everything that is drawn at random is drawn once, before the blocks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.utils.checkpoint
 
 from mimscale.models.attention import Positions, WindowAttention
 from mimscale.models.drop_path import keep_scales
 from mimscale.models.fitting import check_sizes, reference_windows
-from mimscale.models.layers import Linear, Mlp, PatchProjection, ZeroLayerNorm, trunc_normal
-from mimscale.models.swin_plan import MapPlan, PlanCache
-
-Checkpoint = Callable[..., torch.Tensor]
-
-
-def checkpoint_whole(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """Recompute ``function`` in the backward pass, from beginning to end.
-
-    torch would stop the recomputation at the last tensor it needs; ZeRO-3 has to see every module through, or it
-    keeps parameters gathered.
-    """
-    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+from mimscale.models.layers import Linear, Mlp, PatchEmbed, PatchMerging, ZeroLayerNorm, cut_patches, trunc_normal
+from mimscale.models.recompute import Checkpoint, set_checkpoints
+from mimscale.models.swin_plan import MapPlan, PlanCache, StagePlan, build_plan
 
 
 class SwinBlock(nn.Module):
@@ -40,27 +28,34 @@ class SwinBlock(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over C.
         extra_norm: end in one more norm, on the main branch (SwinV2's huge and giant models).
+        own_bias: own a position bias; without, ``forward`` is given one.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, extra_norm: bool = False):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, extra_norm: bool = False, own_bias: bool = True
+    ):
         super().__init__()
         self.norm1 = ZeroLayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads)
+        self.attn = WindowAttention(dim, num_heads, own_bias)
         self.norm2 = ZeroLayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
+        self.checkpoint: Checkpoint | None = None
         self.checkpoint_attention: Checkpoint | None = None
 
-    def attention_branch(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def attention_branch(self, x: torch.Tensor, *bias: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Attend within windows and norm: (B, L, C) to (B, L, C), tokens in window order."""
-        tokens = positions.tokens
-        return self.norm1(self.attn(x.reshape(-1, tokens, x.shape[-1]), positions).view_as(x))
+        windows = x.reshape(-1, positions.tokens, x.shape[-1])
+        return self.norm1(self.attn(windows, positions, *bias).view_as(x))
 
-    def forward(self, x: torch.Tensor, positions: Positions, scales: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *bias: torch.Tensor, positions: Positions, scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the block.
 
         Args:
             x: (B, L, C), tokens in window order.
+            *bias: (heads, N, N) position bias, where the block owns none.
             positions: of the way the windows are cut.
             scales: (2, B, 1, 1) drop-path factors of the two branches, or None to keep both.
 
@@ -68,46 +63,39 @@ class SwinBlock(nn.Module):
             (B, L, C)
         """
         branch = partial(self.attention_branch, positions=positions)
-        attended = self.checkpoint_attention(branch, x) if self.checkpoint_attention else branch(x)
+        recompute = self.checkpoint_attention if torch.is_grad_enabled() else None
+        attended = recompute(branch, x, *bias) if recompute else branch(x, *bias)
         x = torch.add(x, attended) if scales is None else torch.addcmul(x, attended, scales[0])
         mixed = self.norm2(self.mlp(x))
         x = torch.add(x, mixed) if scales is None else torch.addcmul(x, mixed, scales[1])
         return x if self.norm3 is None else self.norm3(x)
 
 
-class PatchMerging(nn.Module):
-    """Join 2 x 2 tokens into one of twice the width: reduce first, norm after."""
+def run_blocks(
+    blocks: Iterable[SwinBlock], x: torch.Tensor, *bias: torch.Tensor, plan: StagePlan, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """Run blocks one after the other, moving tokens where the shift changes.
 
-    def __init__(self, dim: int):
-        super().__init__()
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+    Args:
+        blocks: the first of them cuts windows unshifted, the next shifted, and so on.
+        x: (B, L, C), tokens in the unshifted order.
+        *bias: (heads, N, N) position bias for all blocks, where they own none.
+        plan: of the map.
+        scales: (2 * blocks, B, 1, 1) drop-path factors, or None.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, L, C), the tokens to join following each other, to (B, L / 4, 2C)."""
-        batch, length, dim = x.shape
-        return self.norm(self.reduction(x.reshape(batch, length // 4, 4 * dim)))
-
-
-class PatchEmbed(nn.Module):
-    """Patches to tokens: a linear projection and a norm."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = PatchProjection(in_chans, embed_dim, patch_size)
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def cut(self, images: torch.Tensor) -> torch.Tensor:
-        """Cut images (B, 3, H, W) into patches (B, L, 3 * patch * patch), row by row."""
-        batch, channels, height, width = images.shape
-        p = self.patch_size
-        patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return patches.reshape(batch, -1, channels * p * p)
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Embed patches (B, L, 3 * patch * patch) as tokens (B, L, C)."""
-        return self.norm(self.proj(patches))
+    Returns:
+        (B, L, C), and which order its tokens are in: 0 unshifted, 1 shifted.
+    """
+    shifted = 0
+    for j, block in enumerate(blocks):
+        shifted = j % 2
+        if j:
+            x = plan.moves[shifted](x)
+        drawn = None if scales is None else scales[2 * j : 2 * j + 2]
+        run = partial(block, positions=plan.positions[shifted], scales=drawn)
+        recompute = block.checkpoint if torch.is_grad_enabled() else None
+        x = recompute(run, x, *bias) if recompute else run(x, *bias)
+    return x, shifted
 
 
 class SwinStage(nn.Module):
@@ -197,7 +185,6 @@ class SwinTransformerV2(nn.Module):
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth) for _ in range(2)]
         self.drop_rates = rates if drop_path else None
         self._plans = PlanCache()
-        self._checkpoints: list[Checkpoint | None] = [None] * depth
 
     # --- images to features ---------------------------------------------------------------------------------------
 
@@ -237,27 +224,21 @@ class SwinTransformerV2(nn.Module):
     ) -> list[tuple[torch.Tensor, tuple[int, int]]]:
         """Run all blocks; tokens (B, L, C), row by row, and map size: of the last stage, or of every stage."""
         plan = self._plan(images)
-        x = self.patch_embed(plan.enter(self.patch_embed.cut(images)))
+        x = self.patch_embed(plan.stages[0].enter(cut_patches(images, self.patch_size)))
         if mask is not None:
             x = torch.where(plan.spread_mask(mask, images.shape), self._token(), x)
         scales = None
         if self.training and self.drop_rates:
             scales = keep_scales(self.drop_rates, len(images), draw_keys, images.device).to(x.dtype)
-        maps, block_index = [], 0
+        maps, done = [], 0
         for layer, stage in zip(self.layers, plan.stages, strict=True):
-            for j, block in enumerate(layer.blocks):
-                if j:
-                    x = stage.moves[j % 2](x)
-                drawn = None if scales is None else scales[2 * block_index : 2 * block_index + 2]
-                run = partial(block, positions=stage.positions[j % 2], scales=drawn)
-                checkpoint = self._checkpoints[block_index] if torch.is_grad_enabled() else None
-                x = checkpoint(run, x) if checkpoint else run(x)
-                block_index += 1
-            last = (len(layer.blocks) - 1) % 2
+            drawn = None if scales is None else scales[2 * done : 2 * (done + len(layer.blocks))]
+            x, order = run_blocks(layer.blocks, x, plan=stage, scales=drawn)
+            done += len(layer.blocks)
             if every or layer.downsample is None:
-                maps.append((stage.leave[last](x), stage.size))
+                maps.append((stage.leave[order](x), stage.size))
             if layer.downsample is not None:
-                x = layer.downsample(stage.merge[last](x))
+                x = layer.downsample(stage.merge[order](x))
         return maps
 
     def _token(self) -> torch.Tensor:
@@ -274,7 +255,9 @@ class SwinTransformerV2(nn.Module):
                 f"not {tuple(images.shape)}"
             )
         dtype = torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
-        return self._plans.get(self, (height // p, width // p), images.device, dtype)
+        grid = (height // p, width // p)
+        make = partial(build_plan, grid, self.window_size, self.references, images.device, dtype)
+        return self._plans.get((grid, images.device, dtype), make)
 
     # --- timm's dialect -------------------------------------------------------------------------------------------
 
@@ -365,20 +348,16 @@ class SwinTransformerV2(nn.Module):
         Raises:
             ValueError: ``every`` below 1.
         """
-        if every < 1:
-            raise ValueError(f"every must be 1 or more, not {every}")
-        run = checkpoint_fn or checkpoint_whole
-        blocks = [block for layer in self.layers for block in layer.blocks]
-        for index, block in enumerate(blocks):
-            chosen = run if enable and index % every == 0 else None
-            self._checkpoints[index] = None if attention_only else chosen
-            block.checkpoint_attention = chosen if attention_only else None
+        set_checkpoints(self.blocks(), enable, every, attention_only, checkpoint_fn)
+
+    def blocks(self) -> list[SwinBlock]:
+        """List the blocks of all stages, in order."""
+        return [block for layer in self.layers for block in layer.blocks]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
-        for layer in self.layers:
-            for block in layer.blocks:
-                block.compile(**options)
+        for block in self.blocks():
+            block.compile(**options)
 
 
 def _channels_first(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
