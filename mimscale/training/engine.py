@@ -102,7 +102,7 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MIMSCALE_DEEPSPEED_LOG", "ERROR").upper())
-    deepspeed.init_distributed(
+    deepspeed.init_distributed(  # nothing to do where there is a process group already
         dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",
         auto_mpi_discovery=False,
         verbose=False,

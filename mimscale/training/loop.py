@@ -41,11 +41,12 @@ T = TypeVar("T")
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
     """Train until ``train.iterations``, going on from the newest whole checkpoint of ``output`` if it has one.
 
-    Every rank calls it. Returns the run's result, as in ``result.json``.
+    Every rank calls it; a process group that is there already is used and left as it is. Returns the run's result, as in ``result.json``.
 
     Raises:
         RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: the message says what to do.
     """
+    started = not dist.is_initialized()
     ranks = start_ranks()
     try:
         run = _Run.prepare(recipe, ds_config, RunFolder(output), ranks)
@@ -56,7 +57,8 @@ def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> d
         run.train()
         return run.finish()
     finally:
-        stop_ranks()
+        if started:
+            stop_ranks()
 
 
 def _from_first(value: T) -> T:

@@ -1,0 +1,121 @@
+"""A killed, damaged or moved run goes on as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import ENVIRONMENT, ROOT, TINY, launcher, losses, records, run_ranks, write_config
+
+from mimscale.training.checkpoint import saved_steps
+
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture(scope="module")
+def base(shards) -> list[str]:
+    return [*TINY, f"data.shards={shards}", "train.checkpoint_every=4", "train.keep_checkpoints=2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(2, [{"output": run, "config": ZERO2, "overrides": base}])
+    return run
+
+
+def deepspeed_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", *arguments]
+
+
+def start(run: Path, config: Path, base: list[str]) -> subprocess.Popen:
+    port = str(20000 + os.getpid() % 20000)
+    command = deepspeed_command("--master_port", port, *launcher(run, config, *base))
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def kill_everything(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            kill_everything(process)
+            raise AssertionError(process.stdout.read().decode()[-3000:])
+        time.sleep(0.01)
+
+
+def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undisturbed):
+    """Killed in a step, then during a save, then left to finish: not a digit differs."""
+    run, config = tmp_path / "run", write_config(tmp_path, **ZERO2)
+    logged = lambda: len(records(run)) if (run / "metrics.jsonl").exists() else 0  # noqa: E731
+    process = start(run, config, base)
+    wait_for(lambda: logged() >= 6, process)
+    kill_everything(process)
+    assert saved_steps(run) == [4]
+
+    process = start(run, config, base)
+    wait_for(lambda: any(path.name.startswith(".saving") for path in (run / "checkpoints").iterdir()), process)
+    kill_everything(process)
+
+    process = start(run, config, base)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output[-3000:]
+    assert "going on from" in output
+    assert losses(run) == losses(undisturbed)
+    assert records(run, "val_loss") == records(undisturbed, "val_loss")
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_goes_on_at_another_stage_and_world_size(tmp_path, base, undisturbed):
+    """One life: 2 ranks at stage 2, 1 rank at stage 3, 2 ranks at stage 0, 1 rank at stage 1."""
+    run = tmp_path / "run"
+    for ranks, stage, until in ((2, 2, 4), (1, 3, 8), (2, 0, 12), (1, 1, 20)):
+        config = {"zero_optimization": {"stage": stage}}
+        run_ranks(ranks, [{"output": run, "config": config, "overrides": [*base, "train.keep_checkpoints=9"]}])
+        cut(run, until)
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def cut(run: Path, step: int) -> None:
+    """Leave of a run what a kill soon after ``step`` would have left."""
+    for later in (later for later in saved_steps(run) if later > step):
+        shutil.rmtree(run / "checkpoints" / f"step_{later:08d}")
+        (run / "result.json").unlink(missing_ok=True)
+
+
+def test_a_branch_is_the_straight_run(tmp_path, base):
+    """Lengths that differ only in where the rate steps down share a trunk: 16 steps branch off a trunk of 32 at 14."""
+    cells = [
+        {"output": tmp_path / "straight", "config": ZERO2, "overrides": [*base, "train.iterations=16"]},
+        {
+            "output": tmp_path / "trunk",
+            "config": ZERO2,
+            "overrides": [*base, "train.iterations=32", "train.pinned_steps=[14]", "train.keep_checkpoints=1"],
+        },
+        {
+            "output": tmp_path / "branch",
+            "config": ZERO2,
+            "overrides": [*base, "train.iterations=16", f"train.branch_from={tmp_path / 'trunk'}@14"],
+        },
+    ]
+    run_ranks(2, cells)
+    assert losses(tmp_path / "trunk")[:14] == losses(tmp_path / "straight")[:14]
+    assert losses(tmp_path / "branch") == losses(tmp_path / "straight")[14:]
+    assert records(tmp_path / "branch")[0]["step"] == 15
+    assert saved_steps(tmp_path / "trunk") == [14, 32]
+
+
+def test_a_finished_run_is_left_alone(undisturbed, base):
+    before = (undisturbed / "result.json").read_text()
+    run_ranks(2, [{"output": undisturbed, "config": ZERO2, "overrides": base}])
+    assert (undisturbed / "result.json").read_text() == before

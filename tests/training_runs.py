@@ -1,0 +1,101 @@
+"""Small pre-training runs on real photographs, for the tests of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "launchers/recipes/demo.yaml"
+# Narrow and 96 px, but all the parts: four stages, shifted and clipped windows, drop path.
+TINY = [
+    "model.embed_dim=16",
+    "model.depths=[2,1,1,1]",
+    "model.num_heads=[1,2,4,8]",
+    "model.window_size=6",
+    "model.drop_path=0.2",
+    "data.image_size=96",
+    "data.workers=0",
+    "data.validation_images=20",
+    "optimizer.lr=1e-3",
+    "optimizer.lr_batch=8",
+    "schedule.warmup=4",
+    "train.global_batch=8",
+    "train.iterations=20",
+    "train.checkpoint_every=10",
+    "train.validate_every=10",
+    "train.reconstructions=2",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs of the `elpv-dataset` package as shards with a validation split."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for command in (
+        ["shards/solar_cells.py", folder],
+        ["shards/build.py", "build", "--source", folder / "train", "--val", folder / "val", "--out", folder / "shards"],
+    ):
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    return folder / "shards"
+
+
+def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that carry ``key``."""
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if key in line]
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses of a run, in the order of the steps."""
+    lines = records(run)
+    assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def write_config(folder: Path, **config: Any) -> Path:
+    """A DeepSpeed configuration in a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"ds_{len(list(folder.glob('ds_*.json')))}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def launcher(output: Path, config: Path, *overrides: str, recipe: Path = RECIPE) -> list[str]:
+    """The launcher's arguments, as a user types them after ``deepspeed``."""
+    named = ["--deepspeed_config", str(config), "--recipe", str(recipe), "--output", str(output)]
+    return ["launchers/pretrain.py", *named, *overrides]
+
+
+def run_ranks(ranks: int, cells: list[dict[str, Any]], timeout: float = 500) -> None:
+    """Run several pre-trainings one after the other in one launch of ``ranks`` processes.
+
+    Args:
+        ranks: processes, started by torchrun.
+        cells: each {"output": RUN, "config": a DeepSpeed configuration, "overrides": [key=value, ...]}.
+        timeout: seconds for all of them.
+    """
+    script = [str(Path(__file__).with_name("pretrain_cells.py")), json.dumps(cells, default=str)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of one, in this process, so that many short runs pay for one start."""
+    from mimscale.training.engine import start_ranks, stop_ranks
+
+    before = dict(os.environ)
+    start_ranks()
+    yield
+    stop_ranks()
+    os.environ.clear()
+    os.environ.update(before)
