@@ -1,6 +1,7 @@
 """Build, check and list shard folders.
 
 python shards/build.py build --source SRC --out OUT [--val SRC]
+python shards/build.py index FOLDER
 python shards/build.py verify OUT
 python shards/build.py list OUT
 """
@@ -16,11 +17,14 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from image_folder import ImageFolder
+from imagenet_archives import ClassTars, PlainTar
+from shard_folder import ShardFolder
 
-from mimscale.data import crew, writer
+from mimscale.data import crew, store, strata, writer
 from mimscale.data.errors import ShardError
+from mimscale.data.foreign import index_tars
 from mimscale.data.index import ShardIndex, draw_view_classes
-from mimscale.data.shard_format import REJECTED_NAME, View
+from mimscale.data.shard_format import INDEX_NAME, REJECTED_NAME, View
 from mimscale.data.verify import verify
 
 _SHOWN_PROBLEMS = 200
@@ -82,15 +86,48 @@ def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
     return name, View(seed, classes=draw_view_classes(int(number), classes, seed))
 
 
+def open_source(
+    path: Path, labels: Path | None = None, fraction: str | None = None, default: str = "100"
+) -> writer.Source:
+    """Whatever ``path`` is, as a source: a shard folder, class tars in a folder or an archive, a tar, an image folder.
+
+    Raises:
+        ShardError: it is none of these, or damaged.
+    """
+    if path.is_dir():
+        if (path / INDEX_NAME).exists():
+            return ShardFolder(path, fraction or default)
+        if fraction:
+            raise ShardError(f"--fraction {fraction}: {path} is no shard folder")
+        if any(entry.suffix == ".tar" for entry in path.iterdir()):
+            return ClassTars(path)
+        return ImageFolder(path)
+    if not path.exists():
+        raise ShardError(f"{path}: no such file or folder")
+    if labels is None:
+        try:
+            return ClassTars(path)
+        except ShardError as error:
+            if "no class tars" not in str(error):
+                raise
+    return PlainTar(path, labels)
+
+
 def _build(options: argparse.Namespace) -> int:
-    source = ImageFolder(options.source)
-    val = ImageFolder(options.val) if options.val else None
+    source = open_source(options.source, fraction=options.fraction)
+    val = open_source(options.val, options.val_labels, default="val") if options.val else None
+    percents: tuple[int, ...] = strata.FRACTIONS
+    if isinstance(source, ShardFolder):
+        percents = source.percents
+        if val is None and "val" in source.index.fractions:
+            val = ShardFolder(options.source, "val")
     views = dict(parse_view(text, options.seed, len(source.classes)) for text in options.subset)
     index = writer.build(
         source,
         options.out,
         val=val,
-        options=writer.Options(options.samples_per_shard, options.seed, options.resize_shorter),
+        options=writer.Options(options.samples_per_shard, options.seed, options.resize_shorter, options.store),
+        percents=percents,
         views=views,
         workers=options.workers,
         report=Progress(),
@@ -103,6 +140,11 @@ def _build(options: argparse.Namespace) -> int:
             f"{index.rejected} files could not be decoded and were left out: {options.out / REJECTED_NAME} names them"
         )
     return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    index_tars(options.out, options.seed, options.workers, Progress())
+    return _list(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -142,15 +184,27 @@ def parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="write shards from images; goes on where a killed build was")
     build.add_argument(
-        "--source", type=Path, required=True, help="training images: class subfolders, or one flat folder"
+        "--source",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help="training images: a folder of class folders, or flat; an archive of class tars, or a folder of them; a shard folder",
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
-    build.add_argument("--val", type=Path, help="held-out images, become the split 'val'")
+    build.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")
+    build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a flat tar given as --val")
+    build.add_argument("--fraction", help="of a shard folder given as --source: which of its fractions to take")
     build.add_argument(
         "--samples-per-shard", type=_at_least_one, default=1000, help="at most this many in a tar (1000)"
     )
     build.add_argument(
         "--resize-shorter", type=_at_least_one, metavar="PX", help="re-encode images whose shorter side is longer"
+    )
+    build.add_argument(
+        "--store",
+        choices=(store.BYTES, store.PIXELS),
+        default=store.BYTES,
+        help=f"bytes: as they came; pixels: decoded, shorter side at most {store.PIXEL_STORE_SHORTER} or --resize-shorter",
     )
     build.add_argument(
         "--workers", type=_at_least_one, default=cores, help=f"processes ({cores}); the result is the same with any"
@@ -164,6 +218,12 @@ def parser() -> argparse.ArgumentParser:
         help="a view of K classes; NAME=P%%@SEED: of P %% of each",
     )
     build.set_defaults(run=_build)
+
+    scan = commands.add_parser("index", help="make a folder of WebDataset tars from elsewhere readable, where it lies")
+    scan.add_argument("out", type=Path, help="the folder; gets an index beside its tars")
+    scan.add_argument("--workers", type=_at_least_one, default=cores)
+    scan.add_argument("--seed", type=int, default=0, help="decides the fractions (0)")
+    scan.set_defaults(run=_index)
 
     check = commands.add_parser("verify", help="read every byte and name what is damaged")
     check.add_argument("out", type=Path)

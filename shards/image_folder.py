@@ -46,11 +46,13 @@ class FolderClass(ScanTask):
         folder: where its images are.
         prefix: what its keys start with.
         label: its number.
+        thorough: decode every image.
     """
 
     folder: str
     prefix: str
     label: int
+    thorough: bool = False
 
     def run(self) -> Found:
         """List the class; every image's structure is looked at."""
@@ -65,7 +67,7 @@ class FolderClass(ScanTask):
                 continue
             try:
                 size = os.fstat(descriptor).st_size
-                kind = decode.identify(partial(_pread, descriptor), size)
+                kind = decode.identify(partial(_pread, descriptor), size, self.thorough)
             except (DamagedSample, OSError) as error:
                 found.rejected.append((full, str(error)))
                 continue
@@ -112,14 +114,14 @@ class ImageFolder:
         """Names of the class folders, sorted."""
         return [os.fsencode(folder.name).decode("utf-8", "replace") for folder in self._folders] or [FLAT_CLASS]
 
-    def tasks(self, label_of: dict[str, int]) -> list[ScanTask]:
+    def tasks(self, label_of: dict[str, int], thorough: bool = False) -> list[ScanTask]:
         """One task a class.
 
         Raises:
             ShardError: a class that ``label_of`` does not know.
         """
         if not self._folders:
-            return [FolderClass(str(self.folder), FLAT_CLASS, label_of.get(FLAT_CLASS, -1))]
+            return [FolderClass(str(self.folder), FLAT_CLASS, label_of.get(FLAT_CLASS, -1), thorough)]
         if unknown := [name for name in self.classes if name not in label_of]:
             raise ShardError(
                 f"{self.folder}: {len(unknown)} classes are not in the training images: {', '.join(unknown[:5])}"
@@ -128,6 +130,6 @@ class ImageFolder:
         # images have.
         prefix_of = dict(zip(label_of, unique(label_of), strict=True))
         return [
-            FolderClass(str(folder), prefix_of[name], label_of[name])
+            FolderClass(str(folder), prefix_of[name], label_of[name], thorough)
             for folder, name in zip(self._folders, self.classes, strict=True)
         ]

@@ -21,7 +21,7 @@ from mimscale.data.errors import DamagedSample
 # GB.
 MAX_PIXELS = 100_000_000
 
-JPEG, PNG, OTHER = 0, 1, 2
+JPEG, PNG, OTHER, PIXELS = range(4)
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 # Baseline, extended and progressive Huffman: what libjpeg-turbo and Pillow both decode.
@@ -73,6 +73,24 @@ def decode_leniently(data: bytes) -> np.ndarray:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
         raise DamagedSample(f"cannot be decoded: {error}") from None
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """A binary PPM as ``store.as_pixels`` writes it, as uint8 (height, width, 3), not copied.
+
+    Raises:
+        DamagedSample: another kind of PPM, too large, or cut short.
+    """
+    end = data.find(b"\n", 0, 40)
+    try:
+        magic, width, height, depth = data[: max(end, 0)].split(b" ")
+        size = int(width), int(height)
+    except ValueError:
+        raise DamagedSample("its header is not that of stored pixels") from None
+    _check_size(*size)
+    if magic != b"P6" or depth != b"255" or len(data) != end + 1 + 3 * size[0] * size[1]:
+        raise DamagedSample(f"its header says {size[0]} x {size[1]} pixels, which its {len(data)} bytes do not hold")
+    return np.frombuffer(data, np.uint8, offset=end + 1).reshape(size[1], size[0], 3)
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -133,7 +151,7 @@ def _jpeg_size(read: Read, size: int) -> tuple[int, int]:
         at += 2 + length
 
 
-def identify(read: Read, size: int) -> int:
+def identify(read: Read, size: int, thorough: bool = False) -> int:
     """Which kind of image lies behind ``read``, from its structure where that is enough.
 
     A JPEG whose segments hold together up to the first scan and whose last bytes are its end marker is taken at its
@@ -142,6 +160,7 @@ def identify(read: Read, size: int) -> int:
     Args:
         read: read(offset, length) gives those bytes of the image.
         size: how many bytes there are.
+        thorough: decode every image.
 
     Returns:
         JPEG, PNG, or OTHER for a format that must be rewritten to be stored.
@@ -155,7 +174,7 @@ def identify(read: Read, size: int) -> int:
     if magic[:2] == b"\xff\xd8":
         try:
             _check_size(*_jpeg_size(read, size))
-            if read(size - 2, 2) == b"\xff\xd9":
+            if not thorough and read(size - 2, 2) == b"\xff\xd9":
                 return JPEG
         except DamagedSample:
             raise
@@ -172,14 +191,3 @@ def identify(read: Read, size: int) -> int:
         return PNG
     decode_leniently(data)
     return OTHER
-
-
-def as_png(data: bytes) -> bytes:
-    """Any decodable image, rewritten as an RGB PNG without loss.
-
-    Raises:
-        DamagedSample: it does not decode.
-    """
-    buffer = io.BytesIO()
-    Image.fromarray(decode_rgb(data)).save(buffer, "PNG")
-    return buffer.getvalue()

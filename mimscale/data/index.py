@@ -171,7 +171,10 @@ class ShardIndex:
             return train[np.isin(labels, view.classes)]
         # By key and not by place, so that the view does not depend on the strata that the tars happen to have.
         by_key = np.argsort(self._table["key"][train], kind="stable")
-        chosen = strata.assign(labels[by_key], (int(view.percent or 0),), view.seed) == 0
+        percents = tuple(sorted({*strata.FRACTIONS, view.percent or 100}))
+        # Unlabelled samples (-1) are a class like any other here.
+        drawn = strata.assign(labels[by_key] - labels.min(), percents, view.seed)
+        chosen = drawn <= percents.index(view.percent or 100)
         return np.sort(train[by_key[chosen]])
 
     def key(self, sample: int) -> str:
@@ -216,7 +219,7 @@ class ShardIndex:
         head = block[:BLOCK]
         # Packing the header again would cost more than looking at it: a name of up to 100 bytes stands first and
         # entire.
-        named = self.content.foreign or head[: len(key) + 4] in (key + SUFFIXES[0], key + SUFFIXES[1])
+        named = self.content.foreign or (head.startswith(key) and head[len(key) : len(key) + 4] in SUFFIXES)
         if not named or _plain_size(head) != size:
             self._check_header(head, key, size, sample)
         return block[BLOCK:]
@@ -228,7 +231,7 @@ class ShardIndex:
             name, held, _ = parse_header(head)
         except TarError as error:
             raise DamagedSample(f"{where}: {error}") from None
-        if held != size or (not self.content.foreign and name not in (key + SUFFIXES[0], key + SUFFIXES[1])):
+        if held != size or (not self.content.foreign and (name[:-4] != key or name[-4:] not in SUFFIXES)):
             raise DamagedSample(f"{where} holds {name.decode('utf-8', 'replace')!r} of {held} bytes in its place")
 
     def intact(self, sample: int, data: bytes) -> bool:

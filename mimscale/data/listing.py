@@ -18,9 +18,13 @@ _COLUMNS = {
     "size": "<i8",
     "label": "<i4",
     "kind": "u1",
+    "stratum": "u1",
     "key_end": "<i8",
     "name_end": "<i8",
 }
+
+# For images whose stratum is still to be drawn.
+NO_STRATUM = 255
 
 
 @dataclass
@@ -35,7 +39,10 @@ class Found:
         offsets: where each payload starts in the archive; empty for a folder.
         sizes: payload bytes.
         kinds: what ``decode.identify`` said.
+        labels: a class an image, where ``label`` is not the class of all.
+        stratum: where the images come from a shard folder, which of its strata; they then keep it, and their order.
         rejected: (where, why) of what looked like an image and is none.
+        broken: why the container could not be read to its end, if so.
     """
 
     container: str
@@ -46,7 +53,9 @@ class Found:
     sizes: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     labels: list[int] | None = None
+    stratum: int = NO_STRATUM
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    broken: str | None = None
 
 
 class ListingWriter:
@@ -81,6 +90,7 @@ class ListingWriter:
         self._append("size", np.asarray(found.sizes))
         self._append("label", np.asarray(found.labels) if found.labels is not None else np.full(count, found.label))
         self._append("kind", np.asarray(found.kinds))
+        self._append("stratum", np.full(count, found.stratum))
         self._append_text("key", found.keys)
         self._append_text("name", [os.fsencode(name) for name in found.names] or [b""] * count)
         self.max_key = max(self.max_key, max(map(len, found.keys)))
@@ -102,7 +112,8 @@ class Listing:
         offset: (rows,) first byte in the archive, or -1 for a file of its own.
         size: (rows,) bytes.
         label: (rows,) class.
-        kind: (rows,) ``decode.JPEG``, ``PNG`` or ``OTHER``.
+        kind: (rows,) ``decode.JPEG``, ``PNG``, ``PIXELS`` or ``OTHER``.
+        stratum: (rows,) stratum to keep, or ``NO_STRATUM``.
     """
 
     container: np.ndarray
@@ -110,6 +121,7 @@ class Listing:
     size: np.ndarray
     label: np.ndarray
     kind: np.ndarray
+    stratum: np.ndarray
     key_end: np.ndarray
     name_end: np.ndarray
 

@@ -20,7 +20,7 @@ FORMAT, VERSION = "mimscale-shards", 1
 INDEX_NAME, TABLE_NAME, REJECTED_NAME = "index.json", "samples.npy", "rejected.tsv"
 # Finished shards, journal and listing of a build that is under way.
 WORK_FOLDER = ".build"
-SUFFIXES = (b".jpg", b".png")
+SUFFIXES = (b".jpg", b".png", b".ppm")
 
 
 def table_dtype(key_bytes: int) -> np.dtype:
@@ -55,7 +55,7 @@ class View:
 
     seed: int
     classes: list[int] | None = None
-    percent: float | None = None
+    percent: int | None = None
 
 
 @dataclass

@@ -89,6 +89,8 @@ def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
             raise
         except ValueError:
             pass
+    elif data[:2] == b"P6":
+        return decode.decode_pixels(data)
     if not index.intact(sample, data):
         raise DamagedSample(f"{index.shard_of(sample)}: its bytes are not those that were stored")
     return decode.decode_leniently(data)

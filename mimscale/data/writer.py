@@ -21,9 +21,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mimscale.data import crew, decode, draws, strata
+from mimscale.data import crew, draws, store, strata
 from mimscale.data.errors import DamagedSample, ShardError
-from mimscale.data.listing import Found, Listing, ListingWriter
+from mimscale.data.listing import NO_STRATUM, Found, Listing, ListingWriter
 from mimscale.data.shard_format import (
     INDEX_NAME,
     REJECTED_NAME,
@@ -58,8 +58,8 @@ class Source(Protocol):
         """Names of its classes, in label order."""
         ...
 
-    def tasks(self, label_of: dict[str, int]) -> list[ScanTask]:
-        """What to scan, given the number of each class name."""
+    def tasks(self, label_of: dict[str, int], thorough: bool) -> list[ScanTask]:
+        """What to scan, given the number of each class name; ``thorough``: decode every image."""
         ...
 
 
@@ -70,6 +70,12 @@ class Options:
     samples_per_shard: int = 1000
     seed: int = 0
     resize_shorter: int | None = None
+    store: str = store.BYTES
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every image is decoded to be stored, so that every one must be known to decode."""
+        return self.store != store.BYTES or self.resize_shorter is not None
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class _ShardTask:
     work: str
     out: str
     plan: str
-    resize_shorter: int | None
+    options: Options
 
 
 def _run_scan(task: ScanTask) -> Found:
@@ -90,42 +96,53 @@ def _run_scan(task: ScanTask) -> Found:
 
 
 def _scan(
-    train: Source, val: Source | None, work: Path, workers: int, report: Progress
+    train: Source, val: Source | None, work: Path, thorough: bool, workers: int, report: Progress
 ) -> tuple[Listing, int, list[tuple[str, str]]]:
     """List both splits. Returns the listing, how many of its rows are training images, and what was rejected."""
     shutil.rmtree(work / "listing", ignore_errors=True)
     writer = ListingWriter(work / "listing")
     label_of = {name: label for label, name in enumerate(train.classes)}
     rejected: list[tuple[str, str]] = []
-    tasks = train.tasks(label_of)
+    broken: list[str] = []
+    tasks = train.tasks(label_of, thorough)
     train_tasks, train_rows = len(tasks), 0
     if val is not None:
-        tasks = [*tasks, *val.tasks(label_of)]
+        tasks = [*tasks, *val.tasks(label_of, thorough)]
     for number, found in enumerate(crew.run(_run_scan, tasks, workers)):
         if number == train_tasks:
             train_rows = writer.rows
         writer.add(found)
         rejected += found.rejected
+        broken += [found.broken] if found.broken else []
         report("listing classes", number + 1, len(tasks))
     if len(tasks) == train_tasks:
         train_rows = writer.rows
     listing = writer.close()
+    if broken:
+        raise ShardError(f"{len(broken)} archives are damaged; fetch them again: " + "; ".join(broken[:10]))
     if not train_rows:
         raise ShardError(f"the source holds no image that can be stored ({len(rejected)} could not be decoded)")
     return listing, train_rows, rejected
 
 
 def _plan(
-    listing: Listing, train_rows: int, options: Options
+    listing: Listing, train_rows: int, percents: tuple[int, ...], options: Options
 ) -> tuple[np.ndarray, list[tuple[str, str, int, int, int]]]:
     """The order of all samples (rows of the listing), and the shards as (file, split, stratum, start, stop) of it."""
-    stratum_of = strata.assign(np.asarray(listing.label[:train_rows]), strata.FRACTIONS, options.seed)
+    stratum_of = np.array(listing.stratum[:train_rows])
+    drawn = stratum_of == NO_STRATUM
+    if drawn.any():
+        stratum_of[drawn] = strata.assign(np.asarray(listing.label[:train_rows][drawn]), percents, options.seed)
     order = np.empty(len(listing), np.uint32 if len(listing) < 1 << 32 else np.int64)
     shards: list[tuple[str, str, int, int, int]] = []
 
     def lay(rows: np.ndarray, split: str, stratum: int, start: int) -> int:
-        # Shuffled inside the stratum, so that any run of samples mixes classes.
-        order[start : start + len(rows)] = rows[draws.permutation(len(rows), options.seed, draws.SHUFFLE, stratum)]
+        # Shuffled inside the stratum, so that any run of samples mixes classes; but what comes from shards has its
+        # order.
+        kept = len(rows) > 0 and listing.stratum[rows[0]] != NO_STRATUM
+        order[start : start + len(rows)] = (
+            rows if kept else rows[draws.permutation(len(rows), options.seed, draws.SHUFFLE, stratum)]
+        )
         count = -(-len(rows) // options.samples_per_shard)
         for number in range(count):
             name = f"{split}-{stratum:03}-{number:06}.tar" if split == "train" else f"{split}-{number:06}.tar"
@@ -134,7 +151,7 @@ def _plan(
         return start + len(rows)
 
     start = 0
-    for number, percent in enumerate(strata.FRACTIONS):
+    for number, percent in enumerate(percents):
         start = lay(np.flatnonzero(stratum_of == number).astype(order.dtype), "train", percent, start)
     lay(np.arange(train_rows, len(listing), dtype=order.dtype), "val", 0, start)
     return order, shards
@@ -176,7 +193,7 @@ def _write_shard(task: _ShardTask) -> None:
     try:
         with beside.open("wb", buffering=1 << 20) as file:
             for number, (row, key) in enumerate(zip(rows.tolist(), keys, strict=True)):
-                data, suffix, changed = _stored_form(listing, row, task.resize_shorter)
+                data, suffix, changed = _stored_form(listing, row, task.options)
                 label = int(listing.label[row])
                 table[number] = (0, label, position + BLOCK, len(data), zlib.crc32(data), key)
                 for piece in _members(data, key, suffix, label):
@@ -208,17 +225,14 @@ def _write_shard(task: _ShardTask) -> None:
     write_durably(journal / f"{task.file}.json", json.dumps(entry).encode())
 
 
-def _stored_form(listing: Listing, row: int, resize_shorter: int | None) -> tuple[bytes, bytes, bool]:
+def _stored_form(listing: Listing, row: int, options: Options) -> tuple[bytes, bytes, bool]:
     """(bytes to store, suffix, whether they differ from the source's)."""
-    data, kind = listing.payload(row), int(listing.kind[row])
-    if kind == decode.OTHER:
-        try:
-            return decode.as_png(data), b".png", True
-        except DamagedSample as error:
-            raise ShardError(
-                f"{listing.where(row)}: {error}, which it did not when it was listed; run the build again"
-            ) from None
-    return data, b".jpg" if kind == decode.JPEG else b".png", False
+    try:
+        return store.stored_form(listing.payload(row), int(listing.kind[row]), options.store, options.resize_shorter)
+    except DamagedSample as error:
+        raise ShardError(
+            f"{listing.where(row)} has changed since it was listed: {error}; run the build again"
+        ) from None
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
@@ -303,6 +317,7 @@ def build(
     *,
     val: Source | None = None,
     options: Options = Options(),
+    percents: tuple[int, ...] = strata.FRACTIONS,
     views: dict[str, View] | None = None,
     workers: int = 1,
     report: Progress = lambda what, done, total: None,
@@ -314,6 +329,7 @@ def build(
         out: folder to write; made if missing.
         val: held-out images, split "val" of the same folder; their classes must be among those of ``train``.
         options: everything else that decides the bytes.
+        percents: the fractions to lay the training images out in, ascending.
         views: named choices over the training shards to write into the index.
         workers: processes; the result does not depend on it.
         report: called with (what is done, how many, of how many).
@@ -324,14 +340,14 @@ def build(
     work = out / WORK_FOLDER
     out.mkdir(parents=True, exist_ok=True)
     with _sole_builder(out, work):
-        listing, train_rows, rejected = _scan(train, val, work, workers, report)
-        order, shards = _plan(listing, train_rows, options)
+        listing, train_rows, rejected = _scan(train, val, work, options.decodes, workers, report)
+        order, shards = _plan(listing, train_rows, percents, options)
         plan = _digest(listing, order, shards, train.classes, options)
         _refuse_other_plan(out, work, plan)
         write_durably(work / "plan", plan.encode())
         _save_array(work / "order.npy", order)
         (work / "journal").mkdir(exist_ok=True)
-        tasks = [_ShardTask(*shard, str(work), str(out), plan, options.resize_shorter) for shard in shards]
+        tasks = [_ShardTask(*shard, str(work), str(out), plan, options) for shard in shards]
         done = 0
         report("writing images", 0, len(order))
         for count in crew.run(_make_shard, tasks, workers):
@@ -348,7 +364,7 @@ def build(
                 for task, entry in zip(tasks, entries, strict=True)
             ],
             fractions={
-                **{str(p): [t.file for t in tasks if t.split == "train" and t.stratum <= p] for p in strata.FRACTIONS},
+                **{str(p): [t.file for t in tasks if t.split == "train" and t.stratum <= p] for p in percents},
                 **({"val": [t.file for t in tasks if t.split == "val"]} if val is not None else {}),
             },
             samples=len(order),
@@ -357,6 +373,7 @@ def build(
             views=views or {},
             samples_per_shard=options.samples_per_shard,
             resize_shorter=options.resize_shorter,
+            store=options.store,
             rejected=len(rejected),
             rewritten=sum(entry["rewritten"] for entry in entries),
         )
