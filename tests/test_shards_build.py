@@ -216,7 +216,7 @@ def test_views_name_classes_or_another_draw(solar_folders, solar_shards, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--source", "{tmp}/nowhere"], "nowhere: no such folder"),
+        (["--source", "{tmp}/nowhere"], "nowhere: no such file or folder"),
         (["--source", "{tmp}/empty"], "no images in it"),
         (["--source", "{photos}", "--out", "{other}"], "holds a build of other images or with other options"),
         (["--source", "{photos}", "--val", "{solar}"], "classes are not in the training images: mono_000"),
