@@ -7,6 +7,17 @@ import pytest
 from training_runs import TINY, losses, records, run_ranks
 
 STAGES = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
+MAE = [
+    "mim.objective=mae",
+    "model.name=vit_b",
+    "model.embed_dim=32",
+    "model.depths=null",
+    "model.depth=2",
+    "model.num_heads=2",
+    "mim.decoder_dim=32",
+    "mim.decoder_depth=1",
+    "mim.decoder_heads=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +41,9 @@ def runs(tmp_path_factory, shards) -> Path:
     for stage in (1, 2, 3):
         config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2}
         two.append(cell(f"2-bf16-zero{stage}", config, "train.iterations=6", "train.validate_every=100"))
+    for name, config in (("zero2", STAGES["zero2"]), ("zero3", STAGES["zero3"])):
+        two.append(cell(f"2-mae-{name}", config, *MAE))
+    one.append(cell("1-mae", {"train_micro_batch_size_per_gpu": 2}, *MAE))
     run_ranks(1, one)
     run_ranks(2, two)
     return folder
@@ -80,3 +94,13 @@ def test_a_run_folder_holds_what_is_promised(runs: Path):
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == 20
     assert result["validation"]["val_loss"] == records(run, "val_loss")[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_mae_agrees_likewise(runs: Path, name: str):
+    assert losses(runs / f"2-mae-{name}") == pytest.approx(losses(runs / "1-mae"), rel=1e-5)
+    for there, here in zip(
+        records(runs / "1-mae", "val_loss"), records(runs / f"2-mae-{name}", "val_loss"), strict=True
+    ):
+        assert here == pytest.approx(there, rel=1e-5)
+    assert (runs / f"2-mae-{name}/reconstructions/step_00000020.png").exists()

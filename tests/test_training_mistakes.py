@@ -162,14 +162,24 @@ def test_a_damaged_image_is_skipped_counted_and_named(tmp_path, copied_shards, c
             tar.write(bytes(200))
     keys = {index.key(int(victim)) for victim in victims}
     result = train(
-        tmp_path / "run", f"data.shards={copied_shards}", "data.fraction=10", "train.iterations=32", "schedule.decay_at=1"
+        tmp_path / "run",
+        f"data.shards={copied_shards}",
+        "data.fraction=10",
+        "train.iterations=32",
+        "schedule.decay_at=1",
     )
     assert result["steps"] == 32
     assert set(result["skipped"]) == keys
     said = capfd.readouterr().out
     assert all(key in said for key in keys)
     with pytest.raises(ShardError, match="damaged"):
-        train(tmp_path / "strict", f"data.shards={copied_shards}", "data.fraction=10", "data.max_damaged=0", "train.iterations=32")
+        train(
+            tmp_path / "strict",
+            f"data.shards={copied_shards}",
+            "data.fraction=10",
+            "data.max_damaged=0",
+            "train.iterations=32",
+        )
 
 
 # -- batches, models, checkpoints --------------------------------------------------------------------------------------
@@ -253,7 +263,14 @@ def test_a_longer_run_may_go_on_only_where_its_rates_agree(copied, shards):
 def test_a_loss_that_turns_nan_stops_with_the_step_and_the_samples(tmp_path, shards):
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"step \d+: .*(nan|inf).*Samples.*(mono|poly)") as error:
-        train(run, f"data.shards={shards}", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0", "train.iterations=30")
+        train(
+            run,
+            f"data.shards={shards}",
+            "optimizer.lr=1e30",
+            "optimizer.clip=0",
+            "schedule.warmup=0",
+            "train.iterations=30",
+        )
     assert "optimizer.lr" in str(error.value)
     assert "NaN" not in (run / "metrics.jsonl").read_text()
 
@@ -281,5 +298,3 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, shards, finished):
         assert losses(run) == losses(finished)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-
-

@@ -41,7 +41,10 @@ T = TypeVar("T")
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
     """Train until ``train.iterations``, going on from the newest whole checkpoint of ``output`` if it has one.
 
-    Every rank calls it; a process group that is there already is used and left as it is. Returns the run's result, as in ``result.json``.
+    Every rank calls it; a process group that is there already is used and left as it is.
+
+    Returns:
+        The run's result, as in ``result.json``.
 
     Raises:
         RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: the message says what to do.

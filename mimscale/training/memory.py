@@ -34,7 +34,7 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
         if bf16:
             objective = objective.bfloat16()
         if recipe.train.activation_checkpointing:
-            objective.model.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
+            objective.model.encoder.set_grad_checkpointing(True)
         own = {p.untyped_storage()._cdata for p in [*objective.parameters(), *objective.buffers()]}
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
         mask = torch.zeros(batch, recipe.mask_grid, recipe.mask_grid, dtype=torch.bool)
@@ -64,14 +64,8 @@ def state_bytes(count: int, stage: int, world_size: int, bf16: bool, offload: bo
     return int(weights + gradients + accumulated + (0 if offload else master + moments))
 
 
-def largest_micro_batch(recipe: Recipe, config: dict, ranks: Ranks) -> int | None:
-    """The micro-batch that ``"auto"`` may use at most: what fits the free memory of this rank's device.
-
-    MAE's activations depend on the mask's values, which the meta device has not; its micro-batch is then bounded by the
-    rank's share of the batch alone (``None``).
-    """
-    if recipe.mim.objective == "mae":
-        return None
+def largest_micro_batch(recipe: Recipe, config: dict, ranks: Ranks) -> int:
+    """The micro-batch that ``"auto"`` may use at most: what fits the free memory of this rank's device."""
     bf16 = wants_bf16(config, ranks.device.type == "cuda")
     if ranks.device.type == "cuda":
         free = torch.cuda.mem_get_info(ranks.device)[0]

@@ -39,23 +39,9 @@ def flops_per_image(recipe: Recipe) -> int:
         size, grid = recipe.data.image_size, recipe.mask_grid
         images = torch.empty(1, 3, size, size, dtype=torch.uint8)
         mask = torch.zeros(1, grid, grid, dtype=torch.bool)
-        if recipe.mim.objective == "mae":
-            # Which patches stay decides how many tokens there are, so MAE counts them from the mask's values.
-            return 3 * _mae_forward_flops(recipe)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             objective.eval()(images, mask)
     return 3 * counter.get_total_flops()
-
-
-def _mae_forward_flops(recipe: Recipe) -> int:
-    mask = torch.zeros(1, recipe.mask_grid**2, dtype=torch.bool)
-    mask[:, : recipe.hidden] = True
-    with torch.device("cpu"), torch.random.fork_rng():
-        objective = build_objective(recipe).eval()
-        images = torch.zeros(1, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective(images, mask.reshape(1, recipe.mask_grid, recipe.mask_grid))
-    return counter.get_total_flops()
 
 
 def device_peak(device: torch.device, bf16: bool) -> float:

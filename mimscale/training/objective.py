@@ -51,8 +51,13 @@ class Objective(nn.Module):
     def baseline(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (l1, l2), each (B,), of predicting zero: the local mean where the target is normalised by it."""
         target = self.model.target(self.normalise(images))
-        hidden = expand_mask(mask, target.shape[-1] // mask.shape[-1]).unsqueeze(1).expand_as(target).double()
-        return tuple(((target**n).abs() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)) for n in (1, 2))  # type: ignore
+        if target.ndim == 3:  # MAE's: patches (B, L, P)
+            hidden = mask.flatten(1).unsqueeze(-1)
+        else:
+            hidden = expand_mask(mask, target.shape[-1] // mask.shape[-1]).unsqueeze(1)
+        hidden = hidden.expand_as(target).flatten(1).double()
+        l1, l2 = ((target.flatten(1) ** power).abs() * hidden for power in (1, 2))
+        return l1.sum(1) / hidden.sum(1), l2.sum(1) / hidden.sum(1)
 
     def fill_in(self, images: Tensor, mask: Tensor, prediction: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]: visible parts as they are, hidden ones as predicted."""
@@ -73,6 +78,8 @@ def build_objective(recipe: Recipe) -> Objective:
         for key, value in settings.model_dump(include={"embed_dim", "depths", "num_heads", "depth"}).items()
         if value is not None
     }
+    assert mim.loss is not None
+    assert mim.mask_ratio is not None
     try:
         if mim.objective == "simmim":
             encoder: Any = create_encoder(
@@ -83,7 +90,6 @@ def build_objective(recipe: Recipe) -> Objective:
                 drop_path=settings.drop_path,
                 **overrides,
             )
-            assert mim.loss is not None
             model: Any = objectives.SimMIM(encoder, decoder=mim.decoder, loss=mim.loss, target_window=mim.target_window)
         else:
             encoder = create_encoder(
@@ -95,6 +101,8 @@ def build_objective(recipe: Recipe) -> Objective:
                 decoder_dim=mim.decoder_dim,
                 decoder_depth=mim.decoder_depth,
                 decoder_heads=mim.decoder_heads,
+                loss=mim.loss,
+                mask_ratio=mim.mask_ratio,
             )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None

@@ -7,12 +7,13 @@ What the hardware needs (ZeRO stage, precision, micro-batch) is not here: it bel
 from __future__ import annotations
 
 import difflib
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mimscale.mim.masking import hidden_patches
 
 
 class RecipeError(ValueError):
@@ -60,13 +61,17 @@ class Model(Section):
 
 
 class MIM(Section):
-    """The objective (section 3.1, Table 4). ``loss: null`` is what the chosen fidelity uses: paper l2, released l1."""
+    """The objective (section 3.1, Table 4).
+
+    ``loss: null`` is what the chosen fidelity uses (paper l2, released l1), ``mask_ratio: null`` what the objective uses
+    (SimMIM 0.6, MAE 0.75).
+    """
 
     objective: Literal["simmim", "mae"] = "simmim"
     loss: Literal["l1", "l2"] | None = None
     decoder: Literal["linear", "4-blocks", "8-blocks"] = "linear"
     target_window: Positive | None = 47
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     norm_pix: bool = True
     decoder_dim: Positive = 512
     decoder_depth: Positive = 8
@@ -126,12 +131,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _loss_of_the_fidelity(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("mim", {}), dict):
+    def _settle_the_objective(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("mim") or {}, dict):
             mim = dict(values.get("mim") or {})
+            simmim = mim.get("objective", "simmim") == "simmim"
             if mim.get("loss") is None:
-                released_simmim = values.get("fidelity") == "released" and mim.get("objective", "simmim") == "simmim"
-                mim["loss"] = "l1" if released_simmim else "l2"
+                mim["loss"] = "l1" if simmim and values.get("fidelity") == "released" else "l2"
+            if mim.get("mask_ratio") is None:
+                mim["mask_ratio"] = 0.6 if simmim else 0.75
             values = {**values, "mim": mim}
         return values
 
@@ -155,11 +162,7 @@ class Recipe(Section):
     @property
     def hidden(self) -> int:
         """Mask patches hidden in each image: ceil(ratio * L) for SimMIM, L - int(L * (1 - ratio)) for MAE."""
-        length = self.mask_grid**2
-        # Rounded first, so that 1 - 0.75 keeps the same whole number of patches on every machine.
-        if self.mim.objective == "simmim":
-            return math.ceil(round(length * self.mim.mask_ratio, 6))
-        return length - int(round(length * (1 - self.mim.mask_ratio), 6))
+        return hidden_patches(self.mim.objective, self.mask_grid**2, self.mim.mask_ratio)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out."""
