@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from mimscale.data import strata
+from mimscale.data import remote, strata
 from mimscale.data.errors import DamagedSample, ShardError
+from mimscale.data.remote import ShardCache
 from mimscale.data.shard_format import INDEX_NAME, SUFFIXES, TABLE_NAME, WORK_FOLDER, Index, Shard, table_dtype
 from mimscale.data.tar import BLOCK, TarError, parse_header
 
-_MAX_OPEN_SHARDS = 64
+_MAX_OPEN_SHARDS, _MAX_OPEN_COPIES = 64, 8
+_OPEN_ATTEMPTS = 5
 
 
 class ShardIndex:
@@ -28,22 +30,41 @@ class ShardIndex:
     Attributes:
         root: the folder.
         content: what ``index.json`` says.
+        cache: where a remote folder's files are kept; then ``root`` is the local side of it.
     """
 
-    def __init__(self, root: Path, content: Index):
+    def __init__(self, root: Path, content: Index, cache: ShardCache | None = None):
         self.root = root
         self.content = content
+        self.cache = cache
         self._open: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
 
     @classmethod
-    def load(cls, root: str | Path) -> ShardIndex:
+    def load(
+        cls, root: str | Path, cache: Path | None = None, cache_bytes: int = remote.DEFAULT_CACHE_BYTES
+    ) -> ShardIndex:
         """Open a shard folder and check that its files are those its index was written for.
+
+        Args:
+            root: the folder, or its address (``https://``, ``s3://``, ...).
+            cache: for an address: where local copies are kept; default ``$MIMSCALE_CACHE`` or the user's cache.
+            cache_bytes: how much all copies may take.
 
         Raises:
             ShardError: no folder, an unfinished build, or an index that does not match its files; names the file and
                 what to do.
         """
+        if remote.is_remote(root):
+            base = cache or remote.default_cache()
+            path = ShardCache(str(root), base, cache_bytes).fetch(INDEX_NAME)
+            content = Index.from_json(path.read_bytes(), path)
+            # Copies of another build at the same address may have the same names and sizes.
+            copies = ShardCache(str(root), base, cache_bytes, content.build)
+            copies.fetch(TABLE_NAME, None, content.table_sha256)
+            index = cls(copies.folder, content, copies)
+            index.check_table()
+            return index
         index = cls.load_unchecked(root)
         index._check_tars()
         index.check_table()
@@ -60,10 +81,10 @@ class ShardIndex:
         return cls(root, _read_index(root))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "content": self.content}
+        return {"root": self.root, "content": self.content, "cache": self.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["root"], state["content"])  # type: ignore[misc]
+        self.__init__(state["root"], state["content"], state["cache"])  # type: ignore[misc]
 
     def __del__(self) -> None:
         if getattr(self, "_owner", None) == os.getpid():
@@ -193,6 +214,10 @@ class ShardIndex:
         """The classes of many samples, int64."""
         return self._table["label"][samples].astype(np.int64)
 
+    def shard_numbers(self, samples: np.ndarray) -> np.ndarray:
+        """The tars that hold many samples, as positions in :attr:`shards`."""
+        return self._table["shard"][samples].astype(np.int64)
+
     def offset(self, sample: int) -> int:
         """Where the image of a sample starts in its tar, bytes."""
         return int(self._table["offset"][sample])
@@ -247,18 +272,37 @@ class ShardIndex:
         if descriptor is not None:
             self._open.move_to_end(shard)
             return descriptor
-        path = self._local_path(shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot be opened ({error.strerror}); restore it or build again") from None
+        descriptor = self._open_shard(shard)
         self._open[shard] = descriptor
-        if len(self._open) > _MAX_OPEN_SHARDS:
+        # An open copy takes its space on the disk even after the cache has dropped it.
+        if len(self._open) > (_MAX_OPEN_SHARDS if self.cache is None else _MAX_OPEN_COPIES):
             os.close(self._open.popitem(last=False)[1])
         return descriptor
 
-    def _local_path(self, shard: int) -> Path:
-        return self.root / self.shards[shard].file
+    def _open_shard(self, shard: int) -> int:
+        for _ in range(_OPEN_ATTEMPTS):
+            path = self.fetch(shard)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                # Another process may have made room in the cache since.
+                if self.cache is None:
+                    break
+            except OSError as error:
+                raise ShardError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise ShardError(f"{path}: is gone; restore it or build again" if self.cache is None else
+                         f"{path}: dropped from the cache as soon as it is there; raise the cache's limit")  # fmt: skip
+
+    def fetch(self, shard: int) -> Path:
+        """Where a tar lies on this machine; a remote one is brought into the cache first.
+
+        Raises:
+            ShardError: it cannot be had.
+        """
+        facts = self.shards[shard]
+        if self.cache is None:
+            return self.root / facts.file
+        return self.cache.fetch(facts.file, facts.bytes, facts.sha256)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a fraction: name, images, classes, shards, bytes (of those shards), for ``list``."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,23 @@ class Found:
     stratum: int = NO_STRATUM
     rejected: list[tuple[str, str]] = field(default_factory=list)
     broken: str | None = None
+
+
+class Entry(NamedTuple):
+    """One image to store: see the columns of :class:`Listing`."""
+
+    container: str
+    offset: int
+    size: int
+    label: int
+    kind: int
+    key: bytes
+    name: str
+
+    @property
+    def where(self) -> str:
+        """Its path, or its place in an archive."""
+        return f"{self.container}/{self.name}" if self.name else f"{self.container} at byte {self.offset}"
 
 
 class ListingWriter:
@@ -129,7 +147,7 @@ class Listing:
         self.folder = folder
         for name, dtype in _COLUMNS.items():
             path = folder / name
-            setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype))
+            setattr(self, name, np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype))
         self._keys = self._text("keys")
         self._names = self._text("names")
         self.containers = [os.fsdecode(path) for path in (folder / "containers").read_bytes().split(b"\0")]
@@ -137,43 +155,52 @@ class Listing:
 
     def _text(self, name: str) -> np.ndarray:
         path = self.folder / name
-        return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.empty(0, np.uint8)
 
     def __len__(self) -> int:
         return len(self.size)
 
-    def key(self, row: int) -> bytes:
-        """The key of one image."""
-        return self._keys[self.key_end[row - 1] if row else 0 : self.key_end[row]].tobytes()
+    def entries(self, rows: np.ndarray) -> list[Entry]:
+        """What is needed to store some images, looked up together: one by one costs as much as reading them."""
+        keys = _pieces(self._keys, self.key_end, rows)
+        names = _pieces(self._names, self.name_end, rows)
+        columns = (self.container, self.offset, self.size, self.label, self.kind)
+        values = zip(*(column[rows].tolist() for column in columns), strict=True)
+        return [
+            Entry(self.containers[container], offset, size, label, kind, key, os.fsdecode(name))
+            for (container, offset, size, label, kind), key, name in zip(values, keys, names, strict=True)
+        ]
 
-    def where(self, row: int) -> str:
-        """How to name the source of one image in a message."""
-        container = self.containers[self.container[row]]
-        name = os.fsdecode(self._names[self.name_end[row - 1] if row else 0 : self.name_end[row]].tobytes())
-        return os.path.join(container, name) if name else f"{container} at byte {self.offset[row]}"  # noqa: PTH118
-
-    def payload(self, row: int) -> bytes:
+    def payload(self, entry: Entry) -> bytes:
         """The original bytes of one image.
 
         Raises:
             ShardError: the source can no longer be read, or has changed since it was listed.
         """
-        offset, size = int(self.offset[row]), int(self.size[row])
         try:
-            if offset < 0:
-                with open(self.where(row), "rb", buffering=0) as file:  # noqa: PTH123
-                    data = file.read()
+            if entry.offset < 0:
+                descriptor = os.open(entry.where, os.O_RDONLY)
+                try:
+                    # One byte more than there should be, to see a file that has grown.
+                    data = os.read(descriptor, entry.size + 1)
+                finally:
+                    os.close(descriptor)
             else:
-                data = os.pread(self._open(self.containers[self.container[row]]).number, size, offset)
+                data = os.pread(self._open(entry.container).number, entry.size, entry.offset)
         except OSError as error:
+            raise ShardError(f"{entry.where}: cannot be read ({error.strerror}); run the build again") from None
+        if len(data) != entry.size:
             raise ShardError(
-                f"{self.where(row)}: cannot be read any more ({error.strerror}); run the build again"
-            ) from None
-        if len(data) != size:
-            raise ShardError(
-                f"{self.where(row)}: had {size} bytes when it was listed and has {len(data)} now; run the build again"
+                f"{entry.where}: its {entry.size} bytes have changed since it was listed; run the build again"
             )
         return data
+
+
+def _pieces(text: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> list[bytes]:
+    """The texts of ``rows`` out of one long text that the column ``ends`` cuts up."""
+    lasts = ends[rows]
+    firsts = np.where(rows > 0, ends[np.maximum(rows, 1) - 1], 0)
+    return [text[first:last].tobytes() for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 
 class _Descriptor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -23,13 +23,23 @@ class SampleOrder:
         index: the shard folder.
         fraction: which of its fractions.
         seed: the order's seed.
+        shuffle: "full", or "window" for storage that is slow to open many shards.
+        window: shards in a group.
 
     Raises:
         ShardError: no such fraction, or it is empty.
+        ValueError: another kind of shuffle, or a window below 1.
     """
 
-    def __init__(self, index: ShardIndex, fraction: str = "10", seed: int = 0):
+    def __init__(
+        self, index: ShardIndex, fraction: str = "10", seed: int = 0, *, shuffle: str = "full", window: int = 16
+    ):
+        if shuffle not in ("full", "window") or window < 1:
+            raise ValueError(
+                f"shuffle={shuffle!r} with window={window}: must be 'full', or 'window' with at least 1 shard"
+            )
         self.index, self.fraction, self.seed = index, str(fraction), seed
+        self.shuffle, self.window = shuffle, window
         self.samples = index.samples(self.fraction)
         if not len(self.samples):
             raise ShardError(f"{index.root}: fraction {fraction} has no samples")
@@ -40,10 +50,17 @@ class SampleOrder:
         return len(self.samples)
 
     def __reduce__(self) -> tuple:
-        return SampleOrder, (self.index, self.fraction, self.seed)
+        again = partial(SampleOrder, shuffle=self.shuffle, window=self.window)
+        return again, (self.index, self.fraction, self.seed)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return draws.permutation(len(self.samples), self.seed, draws.ORDER, epoch)
+        order = draws.permutation(len(self.samples), self.seed, draws.ORDER, epoch)
+        if self.shuffle == "full":
+            return order
+        # Each shard's turn in this epoch, then the fully shuffled samples sorted by the window of their shard's turn.
+        shards, of_sample = np.unique(self.index.shard_numbers(self.samples), return_inverse=True)
+        turns = draws.permutation(len(shards), self.seed, draws.WINDOW, epoch)
+        return order[np.argsort(turns[of_sample][order] // self.window, kind="stable")]
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The sample ids at global positions, int64."""

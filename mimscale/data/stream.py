@@ -12,6 +12,7 @@ from mimscale.data import augment, decode, draws
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.index import ShardIndex
 from mimscale.data.order import SampleOrder
+from mimscale.data.remote import FetchAhead
 from mimscale.data.workers import batches
 
 PATCH = 32
@@ -130,6 +131,8 @@ class MIMStream:
         hidden: hidden cells of each image; default 60 %, rounded up.
         max_damaged: how many distinct damaged samples to pass over before giving up.
         stop_step: end before this step.
+        shuffle: "full" or "window", see :class:`SampleOrder`.
+        window: shards that a window shuffle mixes.
 
     Raises:
         ValueError: a batch that does not divide, a rank outside the world, or a mask that does not fit.
@@ -156,6 +159,8 @@ class MIMStream:
         hidden: int | None = None,
         max_damaged: int = 100,
         stop_step: int | None = None,
+        shuffle: str = "full",
+        window: int = 16,
     ):
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks")
@@ -169,7 +174,7 @@ class MIMStream:
         self.crop_scale, self.crop_ratio, self.flip, self.interpolation = crop_scale, crop_ratio, flip, interpolation
         self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
         self.max_damaged = max_damaged
-        self.order = SampleOrder(index, fraction, seed)
+        self.order = SampleOrder(index, fraction, seed, shuffle=shuffle, window=window)
 
     def batch(self, step: int) -> MIMBatch:
         """The rank's share of global batch ``step``: a pure function.
@@ -177,9 +182,8 @@ class MIMStream:
         Raises:
             ShardError: a sample is damaged and so are the ``max_damaged`` after it, or a tar cannot be opened.
         """
-        share = self.global_batch // self.world_size
-        first = step * self.global_batch + self.rank * share
-        positions = np.arange(first, first + share, dtype=np.int64)
+        positions = self._positions(step)
+        share = len(positions)
         samples = self.order.at(positions)
         crops = draws.uniforms(self.seed, draws.CROP, positions, augment.DRAWS_PER_CROP)
         flips = draws.uniforms(self.seed, draws.FLIP, positions, 1)[:, 0] < self.flip
@@ -221,13 +225,28 @@ class MIMStream:
             sample = int(everyone[place])
         raise too_many(dict(skipped), self.max_damaged)
 
+    def _positions(self, step: int) -> np.ndarray:
+        share = self.global_batch // self.world_size
+        first = step * self.global_batch + self.rank * share
+        return np.arange(first, first + share, dtype=np.int64)
+
+    def _shards_of(self, step: int) -> list[int]:
+        return np.unique(self.index.shard_numbers(self.order.at(self._positions(step)))).tolist()
+
     def __iter__(self) -> Iterator[MIMBatch]:
         damaged: dict[str, str] = {}
-        for batch in batches(_MIMSteps(self), self.start_step, self.stop_step, self.workers):
-            damaged.update(batch.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(damaged, self.max_damaged)
-            yield batch
+        ahead = FetchAhead(self.index.fetch, self._shards_of, self.start_step, self.stop_step)
+        try:
+            for batch in batches(_MIMSteps(self), self.start_step, self.stop_step, self.workers):
+                if self.index.cache is not None:
+                    # Not before the first batch: by then the workers are forked, and no thread of ours holds a lock.
+                    ahead.reached(batch.step)
+                damaged.update(batch.skipped)
+                if len(damaged) > self.max_damaged:
+                    raise too_many(damaged, self.max_damaged)
+                yield batch
+        finally:
+            ahead.end()
 
 
 def too_many(damaged: dict[str, str], limit: int) -> ShardError:

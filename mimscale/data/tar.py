@@ -19,7 +19,7 @@ _MAGIC = b"ustar\x0000"
 _CONSTANT_HEAD = b"0000644\x00" + b"0000000\x00" * 2
 _CONSTANT_TIME = b"00000000000\x00"
 _LINK_AND_TAIL = bytes(100) + _MAGIC + bytes(32 + 32) + b"0000000\x00" * 2
-MAX_NAME_BYTES = 255
+_CONSTANT_SUM = sum(_CONSTANT_HEAD) + sum(_CONSTANT_TIME) + sum(_LINK_AND_TAIL) + ord("0") + 8 * ord(" ")
 
 
 class TarError(ValueError):
@@ -71,10 +71,15 @@ def pack_header(name: bytes, size: int) -> bytes:
     if size >= 8**11:
         raise TarError(f"{name!r} has {size} bytes; a ustar member holds at most {8**11 - 1}")
     prefix, name = split_name(name)
-    head = name.ljust(100, b"\x00") + _CONSTANT_HEAD + b"%011o\x00" % size + _CONSTANT_TIME
-    tail = b"0" + _LINK_AND_TAIL + prefix.ljust(155, b"\x00") + bytes(12)
-    checksum = sum(head) + sum(tail) + 8 * 32
-    return head + b"%06o\x00 " % checksum + tail
+    size_field = b"%011o\x00" % size
+    # The sum of a header is the sum of its parts, and most of them never change.
+    checksum = _CONSTANT_SUM + sum(name) + sum(size_field) + sum(prefix)
+    return b"".join(
+        (
+            name.ljust(100, b"\x00"), _CONSTANT_HEAD, size_field, _CONSTANT_TIME, b"%06o\x00 " % checksum,
+            b"0", _LINK_AND_TAIL, prefix.ljust(155, b"\x00"), bytes(12),
+        )
+    )  # fmt: skip
 
 
 def _number(field: bytes) -> int:

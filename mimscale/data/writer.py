@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from mimscale.data import crew, draws, store, strata
 from mimscale.data.errors import DamagedSample, ShardError
-from mimscale.data.listing import NO_STRATUM, Found, Listing, ListingWriter
+from mimscale.data.listing import NO_STRATUM, Entry, Found, Listing, ListingWriter
 from mimscale.data.shard_format import (
     INDEX_NAME,
     REJECTED_NAME,
@@ -172,38 +172,35 @@ def _plan_in(work: str, plan: str) -> tuple[Listing, np.ndarray]:
     return Listing(Path(work) / "listing"), np.load(Path(work) / "order.npy", mmap_mode="r", allow_pickle=False)
 
 
-def _members(data: bytes, key: bytes, suffix: bytes, label: int) -> list[bytes]:
-    """The blocks of one sample: its image and its label, each with its header and padding."""
-    text = b"%d" % label
-    return [
-        pack_header(key + suffix, len(data)), data, bytes(padding(len(data))),
-        pack_header(key + b".cls", len(text)), text, bytes(padding(len(text))),
-    ]  # fmt: skip
+# Samples between two writes; they are held in memory once.
+_AT_A_TIME = 16
 
 
 def _write_shard(task: _ShardTask) -> None:
     """Write one tar and, after it is safe on the disk, its entry in the journal."""
     listing, order = _plan_in(task.work, task.plan)
     out, journal = Path(task.out), Path(task.work) / "journal"
-    rows = order[task.start : task.stop]
-    keys = [listing.key(int(row)) for row in rows]
-    table = np.zeros(len(rows), table_dtype(max(map(len, keys))))
+    entries = listing.entries(np.asarray(order[task.start : task.stop]))
+    rows: list[tuple] = []
     beside = Path(task.work) / f"{task.file}.partial-{os.getpid()}"
     digest, position, rewritten = hashlib.sha256(), 0, 0
     try:
-        with beside.open("wb", buffering=1 << 20) as file:
-            for number, (row, key) in enumerate(zip(rows.tolist(), keys, strict=True)):
-                data, suffix, changed = _stored_form(listing, row, task.options)
-                label = int(listing.label[row])
-                table[number] = (0, label, position + BLOCK, len(data), zlib.crc32(data), key)
-                for piece in _members(data, key, suffix, label):
-                    file.write(piece)
-                    digest.update(piece)
-                    position += len(piece)
+        with beside.open("wb", buffering=0) as file:
+            pieces: list[bytes] = []
+            for number, entry in enumerate(entries, 1):
+                data, suffix, changed = _stored_form(listing, entry, task.options)
+                label = b"%d" % entry.label
+                rows.append((0, entry.label, position + BLOCK, len(data), zlib.crc32(data), entry.key))
+                sample = (
+                    pack_header(entry.key + suffix, len(data)), data, bytes(padding(len(data))),
+                    pack_header(entry.key + b".cls", len(label)), label, bytes(padding(len(label))),
+                )  # fmt: skip
+                position += sum(map(len, sample))
+                pieces += sample
                 rewritten += changed
-            file.write(END_OF_ARCHIVE)
-            digest.update(END_OF_ARCHIVE)
-            file.flush()
+                if number % _AT_A_TIME == 0:
+                    _write_all(file, pieces, digest)
+            _write_all(file, [*pieces, END_OF_ARCHIVE], digest)
             os.fsync(file.fileno())
         beside.replace(out / task.file)
     except TarError as error:
@@ -215,24 +212,33 @@ def _write_shard(task: _ShardTask) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(out)
+    table = np.array(rows, table_dtype(max(len(entry.key) for entry in entries)))
     _save_array(journal / f"{task.file}.npy", table)
-    entry = {
+    line = {
         "plan": task.plan,
         "bytes": position + len(END_OF_ARCHIVE),
         "sha256": digest.hexdigest(),
         "rewritten": rewritten,
     }
-    write_durably(journal / f"{task.file}.json", json.dumps(entry).encode())
+    write_durably(journal / f"{task.file}.json", json.dumps(line).encode())
 
 
-def _stored_form(listing: Listing, row: int, options: Options) -> tuple[bytes, bytes, bool]:
+def _write_all(file: BinaryIO, pieces: list[bytes], digest: hashlib._Hash) -> None:
+    """Write and hash ``pieces``, and empty the list."""
+    content = b"".join(pieces)
+    pieces.clear()
+    digest.update(content)
+    view = memoryview(content)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _stored_form(listing: Listing, entry: Entry, options: Options) -> tuple[bytes, bytes, bool]:
     """(bytes to store, suffix, whether they differ from the source's)."""
     try:
-        return store.stored_form(listing.payload(row), int(listing.kind[row]), options.store, options.resize_shorter)
+        return store.stored_form(listing.payload(entry), entry.kind, options.store, options.resize_shorter)
     except DamagedSample as error:
-        raise ShardError(
-            f"{listing.where(row)} has changed since it was listed: {error}; run the build again"
-        ) from None
+        raise ShardError(f"{entry.where} has changed since it was listed: {error}; run the build again") from None
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
