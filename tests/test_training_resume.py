@@ -86,6 +86,22 @@ def test_a_run_goes_on_at_another_stage_and_world_size(tmp_path, base, undisturb
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
+def test_a_resumed_run_repeats_every_digit_at_every_stage(tmp_path, base):
+    cells = [
+        {"output": tmp_path / f"zero{stage}", "config": {"zero_optimization": {"stage": stage}}, "overrides": base}
+        for stage in (0, 1, 3)
+    ]
+    bf16 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2}
+    short = [*base, "train.iterations=5", "train.checkpoint_every=3", "train.validate_every=100"]
+    cells.append({"output": tmp_path / "bf16", "config": bf16, "overrides": short})
+    run_ranks(2, cells)
+    uncut = {cell["output"]: losses(cell["output"]) for cell in cells}
+    for run in uncut:
+        cut(run, saved_steps(run)[0])
+    run_ranks(2, cells)
+    assert {run: losses(run) for run in uncut} == uncut
+
+
 def cut(run: Path, step: int) -> None:
     """Leave of a run what a kill soon after ``step`` would have left."""
     for later in (later for later in saved_steps(run) if later > step):
