@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mimscale.models.attention_core import attend
 from mimscale.models.layers import Linear, QkvLinear
 
 SCALE_START = 10.0
@@ -108,16 +109,6 @@ class WindowAttention(nn.Module):
             bias = self.cpb_mlp(positions)
         if bias is None:
             raise ValueError("this attention owns no position bias and was given none")
-        groups, tokens, dim = x.shape
         qkv = self.qkv(x, torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)))
-        q, k, v = qkv.view(groups, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        # The scale is folded into q: one product over the queries in place of one over the logits.
         scale = self.logit_scale.clamp(max=math.log(SCALE_LIMIT)).exp()
-        q = F.normalize(q, dim=-1) * scale
-        k = F.normalize(k, dim=-1)
-        logits = q @ k.transpose(-2, -1) + bias
-        if positions.penalty is not None:
-            logits = logits.view(-1, len(positions.penalty), self.num_heads, tokens, tokens) + positions.penalty
-            logits = logits.view(groups, self.num_heads, tokens, tokens)
-        weights = logits.softmax(dim=-1).to(v.dtype)
-        return self.proj((weights @ v).transpose(1, 2).reshape(groups, tokens, dim))
+        return self.proj(attend(qkv, scale, bias, positions.penalty))

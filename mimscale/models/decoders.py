@@ -87,7 +87,7 @@ class BlockDecoder(LinearDecoder):
         plan = self._plans.get((height, width, features.device, dtype), make)
         tokens = plan.enter(features.flatten(2).transpose(1, 2))
         bias = self.cpb_mlp(plan.positions[0])
-        x, order = run_blocks(self.blocks, tokens, bias, plan=plan, scales=None)
+        x, order = run_blocks(self.blocks, tokens, bias, plan=plan)
         x = plan.leave[order](x).transpose(1, 2).reshape(batch, dim, height, width)
         return super().forward(x, hidden)
 

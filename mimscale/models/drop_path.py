@@ -5,6 +5,9 @@ Here each decision is a hash of (the sample's key, the residual branch), so that
 wherever, and however often, it is computed.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 _MASK = {shift: (1 << (64 - shift)) - 1 for shift in (11, 27, 30, 31)}
@@ -66,3 +69,49 @@ def keep_scales(rates: list[float], batch: int, draw_keys: torch.Tensor | None, 
     threshold = (keep * 2.0**53).long().to(device)
     scale = (1.0 / keep).float().to(device)
     return ((uniform < threshold[:, None]) * scale[:, None])[:, :, None, None]
+
+
+class Draw(NamedTuple):
+    """What becomes of one residual branch in a batch.
+
+    Attributes:
+        factor: of the branch: a number for all samples that are computed, or (B, 1, 1).
+        rows: (K,) int64, the samples that are computed; None for all.
+    """
+
+    factor: float | torch.Tensor = 1.0
+    rows: torch.Tensor | None = None
+
+    def run(
+        self, branch: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply ``branch``, which takes (K, L, C) and the factor and adds itself to what it was given, to x (B, L, C)."""
+        if self.rows is None:
+            return branch(x, self.factor)
+        return x.index_copy(0, self.rows, branch(x.index_select(0, self.rows), self.factor))
+
+
+KEEP_ALL = Draw()
+
+
+def draw_branches(
+    rates: list[float], batch: int, draw_keys: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+) -> list[Draw]:
+    """Decide for every residual branch which samples it is computed for (see ``keep_scales``).
+
+    On a CPU a branch that a sample drops is not computed for it. An accelerator would have to wait to learn the number
+    of samples, so there it is computed and multiplied by 0. At least one sample runs through every branch, since all
+    ranks have to gather the same parameters under ZeRO-3.
+
+    Returns:
+        A draw for each branch.
+    """
+    scales = keep_scales(rates, batch, draw_keys, device)
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return [Draw(scale) for scale in scales.to(dtype).unbind(0)]
+    draws = []
+    for rate, row in zip(rates, (scales[:, :, 0, 0] > 0).tolist(), strict=True):
+        kept = [sample for sample, keep in enumerate(row) if keep]
+        rows = None if len(kept) == batch else torch.tensor(kept or [0])
+        draws.append(Draw(1.0 / (1.0 - rate) if kept else 0.0, rows))
+    return draws

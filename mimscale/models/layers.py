@@ -66,13 +66,33 @@ class XavierLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class ZeroLayerNorm(nn.LayerNorm):
-    """A layer norm whose weight starts at 0, so that a residual branch that ends in it starts as nothing."""
+class ResidualNorm(nn.LayerNorm):
+    """The norm at the end of a residual branch, and the sum that it ends in, in one buffer.
+
+    Its weight starts at 0, so that the branch starts as nothing (SwinV2's residual post-norm).
+    """
 
     def reset_parameters(self) -> None:
         """Set the starting values; called by the constructor."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def forward(  # type: ignore[override]
+        self, branch: torch.Tensor, residual: torch.Tensor, factor: float | torch.Tensor = 1.0
+    ) -> torch.Tensor:
+        """Give residual + factor * norm(branch), (B, L, C).
+
+        Args:
+            branch: (B, L, C).
+            residual: (B, L, C).
+            factor: of the whole branch, or (B, 1, 1), one for each sample.
+        """
+        if isinstance(factor, torch.Tensor):
+            return torch.addcmul(residual, super().forward(branch), factor)
+        if factor == 1.0:
+            return super().forward(branch).add_(residual)
+        weight, bias = self.weight * factor, self.bias * factor
+        return F.layer_norm(branch, self.normalized_shape, weight, bias, self.eps).add_(residual)
 
 
 class PatchProjection(nn.Conv2d):

@@ -103,7 +103,7 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], source
     state = renamed(state)
     optional: set[str] = set()
     if not any(name.startswith("encoder.") for name in parameters):
-        state = _encoder_part(state, parameters)
+        state = _encoder_part(dict(state), parameters)
         if not any(name.startswith("head.") for name in state):
             optional = {name for name in parameters if name.startswith(("head.", "fc_norm."))}
     try:

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 
 from mimscale.models.attention import Positions, WindowAttention
-from mimscale.models.drop_path import keep_scales
+from mimscale.models.drop_path import KEEP_ALL, Draw, draw_branches
 from mimscale.models.fitting import check_sizes, reference_windows
-from mimscale.models.layers import Linear, Mlp, PatchEmbed, PatchMerging, ZeroLayerNorm, cut_patches, trunc_normal
+from mimscale.models.layers import Linear, Mlp, PatchEmbed, PatchMerging, ResidualNorm, cut_patches, trunc_normal
 from mimscale.models.recompute import Checkpoint, set_checkpoints
 from mimscale.models.swin_plan import MapPlan, PlanCache, StagePlan, build_plan
 
@@ -35,21 +35,27 @@ class SwinBlock(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, extra_norm: bool = False, own_bias: bool = True
     ):
         super().__init__()
-        self.norm1 = ZeroLayerNorm(dim)
+        self.norm1 = ResidualNorm(dim)
         self.attn = WindowAttention(dim, num_heads, own_bias)
-        self.norm2 = ZeroLayerNorm(dim)
+        self.norm2 = ResidualNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
         self.checkpoint: Checkpoint | None = None
         self.checkpoint_attention: Checkpoint | None = None
 
-    def attention_branch(self, x: torch.Tensor, *bias: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Attend within windows and norm: (B, L, C) to (B, L, C), tokens in window order."""
-        windows = x.reshape(-1, positions.tokens, x.shape[-1])
-        return self.norm1(self.attn(windows, positions, *bias).view_as(x))
+    def attention_branch(
+        self, x: torch.Tensor, *bias: torch.Tensor, positions: Positions, factor: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Attend within windows, norm and add: (B, L, C) to (B, L, C), tokens in window order."""
+        attended = self.attn(x.reshape(-1, positions.tokens, x.shape[-1]), positions, *bias)
+        return self.norm1(attended.view_as(x), x, factor)
 
     def forward(
-        self, x: torch.Tensor, *bias: torch.Tensor, positions: Positions, scales: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *bias: torch.Tensor,
+        positions: Positions,
+        draws: tuple[Draw, Draw] = (KEEP_ALL, KEEP_ALL),
     ) -> torch.Tensor:
         """Run the block.
 
@@ -57,22 +63,30 @@ class SwinBlock(nn.Module):
             x: (B, L, C), tokens in window order.
             *bias: (heads, N, N) position bias, where the block owns none.
             positions: of the way the windows are cut.
-            scales: (2, B, 1, 1) drop-path factors of the two branches, or None to keep both.
+            draws: what drop path makes of the two branches.
 
         Returns:
             (B, L, C)
         """
-        branch = partial(self.attention_branch, positions=positions)
-        recompute = self.checkpoint_attention if torch.is_grad_enabled() else None
-        attended = recompute(branch, x, *bias) if recompute else branch(x, *bias)
-        x = torch.add(x, attended) if scales is None else torch.addcmul(x, attended, scales[0])
-        mixed = self.norm2(self.mlp(x))
-        x = torch.add(x, mixed) if scales is None else torch.addcmul(x, mixed, scales[1])
+
+        def attend(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+            branch = partial(self.attention_branch, positions=positions, factor=factor)
+            recompute = self.checkpoint_attention if torch.is_grad_enabled() else None
+            return recompute(branch, x, *bias) if recompute else branch(x, *bias)
+
+        def mix(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+            return self.norm2(self.mlp(x), x, factor)
+
+        x = draws[1].run(mix, draws[0].run(attend, x))
         return x if self.norm3 is None else self.norm3(x)
 
 
 def run_blocks(
-    blocks: Iterable[SwinBlock], x: torch.Tensor, *bias: torch.Tensor, plan: StagePlan, scales: torch.Tensor | None
+    blocks: Iterable[SwinBlock],
+    x: torch.Tensor,
+    *bias: torch.Tensor,
+    plan: StagePlan,
+    draws: Sequence[Draw] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Run blocks one after the other, moving tokens where the shift changes.
 
@@ -81,7 +95,7 @@ def run_blocks(
         x: (B, L, C), tokens in the unshifted order.
         *bias: (heads, N, N) position bias for all blocks, where they own none.
         plan: of the map.
-        scales: (2 * blocks, B, 1, 1) drop-path factors, or None.
+        draws: what drop path makes of the two branches of each block; None keeps all.
 
     Returns:
         (B, L, C), and which order its tokens are in: 0 unshifted, 1 shifted.
@@ -91,8 +105,8 @@ def run_blocks(
         shifted = j % 2
         if j:
             x = plan.moves[shifted](x)
-        drawn = None if scales is None else scales[2 * j : 2 * j + 2]
-        run = partial(block, positions=plan.positions[shifted], scales=drawn)
+        drawn = (KEEP_ALL, KEEP_ALL) if draws is None else (draws[2 * j], draws[2 * j + 1])
+        run = partial(block, positions=plan.positions[shifted], draws=drawn)
         recompute = block.checkpoint if torch.is_grad_enabled() else None
         x = recompute(run, x, *bias) if recompute else run(x, *bias)
     return x, shifted
@@ -227,13 +241,13 @@ class SwinTransformerV2(nn.Module):
         x = self.patch_embed(plan.stages[0].enter(cut_patches(images, self.patch_size)))
         if mask is not None:
             x = torch.where(plan.spread_mask(mask, images.shape), self._token(), x)
-        scales = None
+        draws = None
         if self.training and self.drop_rates:
-            scales = keep_scales(self.drop_rates, len(images), draw_keys, images.device).to(x.dtype)
+            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype)
         maps, done = [], 0
         for layer, stage in zip(self.layers, plan.stages, strict=True):
-            drawn = None if scales is None else scales[2 * done : 2 * (done + len(layer.blocks))]
-            x, order = run_blocks(layer.blocks, x, plan=stage, scales=drawn)
+            drawn = None if draws is None else draws[2 * done : 2 * (done + len(layer.blocks))]
+            x, order = run_blocks(layer.blocks, x, plan=stage, draws=drawn)
             done += len(layer.blocks)
             if every or layer.downsample is None:
                 maps.append((stage.leave[order](x), stage.size))

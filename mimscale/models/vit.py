@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mimscale.models.drop_path import keep_scales
+from mimscale.models.drop_path import KEEP_ALL, Draw, draw_branches
 from mimscale.models.layers import PatchProjection, XavierLinear, cut_patches, trunc_normal, xavier
 from mimscale.models.recompute import Checkpoint, set_checkpoints
 
@@ -56,23 +56,32 @@ class VitBlock(nn.Module):
         self.checkpoint: Checkpoint | None = None
         self.checkpoint_attention: Checkpoint | None = None
 
-    def attention_branch(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm and attend: (B, L, C) to (B, L, C)."""
-        return self.attn(self.norm1(x))
+    def attention_branch(self, x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+        """Norm, attend and add: (B, L, C) to (B, L, C)."""
+        return x + _times(self.attn(self.norm1(x)), factor)
 
-    def forward(self, x: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the block on (B, L, C); ``scales`` (2, B, 1, 1) are the drop-path factors, None keeps both branches."""
-        recompute = self.checkpoint_attention if torch.is_grad_enabled() else None
-        attended = recompute(self.attention_branch, x) if recompute else self.attention_branch(x)
-        x = torch.add(x, attended) if scales is None else torch.addcmul(x, attended, scales[0])
-        mixed = self.mlp(self.norm2(x))
-        return torch.add(x, mixed) if scales is None else torch.addcmul(x, mixed, scales[1])
+    def forward(self, x: torch.Tensor, draws: tuple[Draw, Draw] = (KEEP_ALL, KEEP_ALL)) -> torch.Tensor:
+        """Run the block on (B, L, C); ``draws`` is what drop path makes of the two branches."""
+
+        def attend(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+            branch = partial(self.attention_branch, factor=factor)
+            recompute = self.checkpoint_attention if torch.is_grad_enabled() else None
+            return recompute(branch, x) if recompute else branch(x)
+
+        def mix(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+            return x + _times(self.mlp(self.norm2(x)), factor)
+
+        return draws[1].run(mix, draws[0].run(attend, x))
 
 
-def run_vit_blocks(blocks: Any, x: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """Run blocks on (B, L, C), recomputing those that are set to; ``scales`` (2 * blocks, B, 1, 1)."""
+def _times(branch: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    return branch if isinstance(factor, float) and factor == 1.0 else branch * factor
+
+
+def run_vit_blocks(blocks: Any, x: torch.Tensor, draws: Sequence[Draw] | None = None) -> torch.Tensor:
+    """Run blocks on (B, L, C), recomputing those that are set to; two of ``draws`` for each block, None keeps all."""
     for j, block in enumerate(blocks):
-        run = partial(block, scales=None if scales is None else scales[2 * j : 2 * j + 2])
+        run = partial(block, draws=(KEEP_ALL, KEEP_ALL) if draws is None else (draws[2 * j], draws[2 * j + 1]))
         x = block.checkpoint(run, x) if block.checkpoint and torch.is_grad_enabled() else run(x)
     return x
 
@@ -237,16 +246,16 @@ class VisionTransformer(nn.Module):
         if visible is not None:
             x = x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         x = torch.cat(((self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x), dim=1)
-        scales = None
+        draws = None
         if self.training and self.drop_rates:
-            scales = keep_scales(self.drop_rates, len(images), draw_keys, images.device).to(x.dtype)
+            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype)
         if output == "pyramid":
             maps = []
             for j in range(self.depth):
-                x = run_vit_blocks(self.blocks[j : j + 1], x, None if scales is None else scales[2 * j : 2 * j + 2])
+                x = run_vit_blocks(self.blocks[j : j + 1], x, None if draws is None else draws[2 * j : 2 * j + 2])
                 maps.append(_channels_first(x, grid))
             return maps
-        x = run_vit_blocks(self.blocks, x, scales)
+        x = run_vit_blocks(self.blocks, x, draws)
         if output == "logits":
             return self.head(self._pool(x))
         x = self.norm(x)

@@ -1,0 +1,129 @@
+"""The inside of window attention, from queries, keys and values to their mixture, chosen by device.
+
+All three ways compute softmax(cos(q, k) * scale + bias + penalty) v:
+
+- on a CPU, one autograd function whose passes over memory are counted: nothing is stored that the backward pass can do
+  without, and the logits are made, biased and normalised in one buffer;
+- on a GPU, the fused kernel that carries a bias with a gradient (memory-efficient attention);
+- under ``torch.compile``, plain formulas, which the compiler fuses.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+EPSILON = 1e-12  # below which a query's or key's length counts as this much
+
+
+def attend(qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, penalty: torch.Tensor | None) -> torch.Tensor:
+    """Mix values by cosine attention.
+
+    Args:
+        qkv: (B * windows, N, 3 * C): queries, keys and values, head after head.
+        scale: (heads, 1, 1) of the cosines.
+        bias: (heads, N, N), fp32 or fp64.
+        penalty: (windows, 1, N, N) that keeps regions apart, or None.
+
+    Returns:
+        (B * windows, N, C)
+    """
+    if torch.compiler.is_compiling():
+        return attend_plainly(qkv, scale, bias, penalty)
+    if qkv.is_cuda:
+        return attend_fused(qkv, scale, bias, penalty)
+    return _CosineAttention.apply(qkv, scale, bias, penalty)
+
+
+def _heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups, tokens, width = qkv.shape
+    q, k, v = qkv.view(groups, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def attend_plainly(
+    qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, penalty: torch.Tensor | None
+) -> torch.Tensor:
+    """Mix values by the formulas as they stand; shapes as in ``attend``."""
+    groups, tokens, width = qkv.shape
+    q, k, v = _heads(qkv, len(scale))
+    # The scale is folded into q: one product over the queries in place of one over the logits.
+    q = F.normalize(q, dim=-1, eps=EPSILON) * scale.to(q.dtype)
+    logits = q @ F.normalize(k, dim=-1, eps=EPSILON).transpose(-2, -1) + bias
+    if penalty is not None:
+        logits = (logits.view(-1, len(penalty), *logits.shape[1:]) + penalty).view(logits.shape)
+    weights = logits.softmax(dim=-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).reshape(groups, tokens, width // 3)
+
+
+def attend_fused(
+    qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, penalty: torch.Tensor | None
+) -> torch.Tensor:
+    """Mix values by a GPU's memory-efficient attention; shapes as in ``attend``.
+
+    The windows of an image stand beside its heads, so that one copy of bias and penalty serves the whole batch. The
+    bias is shifted by a constant, which no softmax sees, so that it rounds half as coarsely in bf16.
+    """
+    groups, tokens, width = qkv.shape
+    heads, windows = len(scale), 1 if penalty is None else len(penalty)
+    q, k, v = (t.reshape(groups // windows, windows * heads, tokens, -1) for t in _heads(qkv, heads))
+    factor = scale.to(q.dtype).repeat(windows, 1, 1)
+    q, k = F.normalize(q, dim=-1, eps=EPSILON) * factor, F.normalize(k, dim=-1, eps=EPSILON)
+    shifted = bias - 8 if penalty is None else (bias - 8 + penalty).flatten(0, 1)
+    # The kernel wants rows of the bias aligned to 16 bytes.
+    padded = F.pad(shifted.to(q.dtype), (0, -tokens % 8))[..., :tokens]
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        mixed = F.scaled_dot_product_attention(q, k, v, padded.expand(len(q), -1, -1, -1), scale=1.0)
+    return mixed.reshape(groups, heads, tokens, -1).transpose(1, 2).reshape(groups, tokens, width // 3)
+
+
+class _CosineAttention(torch.autograd.Function):
+    """Attention on a CPU. With u = q / |q| * scale and w = k / |k|: P = softmax(u w' + bias + penalty), out = P v."""
+
+    @staticmethod
+    def forward(ctx, qkv, scale, bias, penalty):
+        groups, tokens, width = qkv.shape
+        heads = len(scale)
+        size = width // 3 // heads
+        split = qkv.view(groups, tokens, 3, heads, size)
+        # Lengths of queries and keys, where they lie; the scale goes into the queries' factor.
+        factor = torch.linalg.vector_norm(split[:, :, :2], dim=-1, keepdim=True).clamp_min_(EPSILON).reciprocal_()
+        factor[:, :, 0] *= scale.to(qkv.dtype)[..., 0]
+        units = qkv.new_empty(2, groups, heads, tokens, size)
+        torch.mul(split[:, :, :2].permute(2, 0, 3, 1, 4), factor.permute(2, 0, 3, 1, 4), out=units)
+        values = split[:, :, 2].transpose(1, 2).contiguous().view(groups * heads, tokens, size)
+        u, w = units.view(2, groups * heads, tokens, size).unbind(0)
+        logits = torch.bmm(u, w.transpose(1, 2)).to(bias.dtype).view(groups, heads, tokens, tokens)
+        logits += bias
+        if penalty is not None:
+            logits.view(-1, len(penalty), heads, tokens, tokens).add_(penalty)
+        weights = torch.softmax(logits, -1, out=logits).to(qkv.dtype).view(groups * heads, tokens, tokens)
+        mixed = torch.bmm(weights, values).view(groups, heads, tokens, size)
+        ctx.save_for_backward(units, values, weights, factor, scale)
+        ctx.bias_dtype = bias.dtype
+        return mixed.transpose(1, 2).reshape(groups, tokens, heads * size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        units, values, weights, factor, scale = ctx.saved_tensors
+        _, groups, heads, tokens, size = units.shape
+        flat = (groups * heads, tokens, size)
+        u, w = units.view(2, *flat).unbind(0)
+        grad = grad.view(groups, tokens, heads, size).transpose(1, 2).reshape(flat)
+        result = units.new_empty(groups, tokens, 3, heads, size)
+        result[:, :, 2] = torch.bmm(weights.transpose(1, 2), grad).view(units.shape[1:]).transpose(1, 2)
+        inner = torch.bmm(grad, values.transpose(1, 2))
+        # P * (dP - sum(dP * P)), in the buffer of dP
+        torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
+        grad_bias = inner.view(groups, heads, tokens, tokens).sum(0, dtype=ctx.bias_dtype)
+        grads = torch.empty_like(units)
+        torch.bmm(inner, w, out=grads[0].view(flat))
+        torch.bmm(inner.transpose(1, 2), u, out=grads[1].view(flat))
+        # d(q / |q| * s) takes out what lies along q: ds = g.u / s, and dq = (s / |q|) (g - u (g.u) / s^2)
+        along = torch.linalg.vecdot(grads, units).unsqueeze(-1)
+        grad_scale = along[0].sum((0, 2), dtype=ctx.bias_dtype).view_as(scale) / scale
+        along[0] /= (scale * scale).to(along.dtype)
+        grads.addcmul_(units, along, value=-1)
+        torch.mul(grads, factor.permute(2, 0, 3, 1, 4), out=result[:, :, :2].permute(2, 0, 3, 1, 4))
+        return result.view(groups, tokens, -1), grad_scale.to(scale.dtype), grad_bias, None
