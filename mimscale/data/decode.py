@@ -36,7 +36,7 @@ def _check_size(width: int, height: int) -> None:
         raise DamagedSample(f"its header asks for {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
 
 
-def decode_jpeg_strictly(data: bytes) -> np.ndarray:
+def decode_jpeg_strictly(data: bytes | memoryview) -> np.ndarray:
     """A JPEG in which libjpeg-turbo finds nothing at all to complain of, as uint8 (height, width, 3).
 
     Raises:
@@ -50,7 +50,7 @@ def decode_jpeg_strictly(data: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
-def decode_leniently(data: bytes) -> np.ndarray:
+def decode_leniently(data: bytes | memoryview) -> np.ndarray:
     """Whatever Pillow makes of the bytes, as uint8 (height, width, 3).
 
     Stray bytes between markers are no error, an early end is.
@@ -75,15 +75,16 @@ def decode_leniently(data: bytes) -> np.ndarray:
         raise DamagedSample(f"cannot be decoded: {error}") from None
 
 
-def decode_pixels(data: bytes) -> np.ndarray:
+def decode_pixels(data: bytes | np.ndarray) -> np.ndarray:
     """A binary PPM as ``store.as_pixels`` writes it, as uint8 (height, width, 3), not copied.
 
     Raises:
         DamagedSample: another kind of PPM, too large, or cut short.
     """
-    end = data.find(b"\n", 0, 40)
+    head = bytes(data[:40])
+    end = head.find(b"\n")
     try:
-        magic, width, height, depth = data[: max(end, 0)].split(b" ")
+        magic, width, height, depth = head[: max(end, 0)].split(b" ")
         size = int(width), int(height)
     except ValueError:
         raise DamagedSample("its header is not that of stored pixels") from None

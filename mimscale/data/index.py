@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import zlib
 from collections import OrderedDict
@@ -38,6 +39,7 @@ class ShardIndex:
         self.content = content
         self.cache = cache
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._maps: dict[int, np.ndarray] = {}
         self._owner = os.getpid()
 
     @classmethod
@@ -93,7 +95,13 @@ class ShardIndex:
     def close(self) -> None:
         """Close the tars that are open; the next read opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        shard, descriptor = self._open.popitem(last=False)
+        # The mapping goes when the last array that looks into it does.
+        self._maps.pop(shard, None)
+        os.close(descriptor)
 
     def _check_tars(self) -> None:
         for shard in self.content.shards:
@@ -126,7 +134,7 @@ class ShardIndex:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return np.load(self.root / TABLE_NAME, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(self.root / TABLE_NAME, mmap_mode="r", allow_pickle=False))
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -233,33 +241,70 @@ class ShardIndex:
             DamagedSample: the tar holds something else at that place, or ends before it.
             ShardError: the tar cannot be opened.
         """
-        row = self._table[sample]
-        offset, size = int(row["offset"]), int(row["size"])
-        # A mapping would make a process die of SIGBUS on a tar that was cut after it was opened; pread comes back
-        # short.
-        block = os.pread(self._descriptor(int(row["shard"])), BLOCK + size, offset - BLOCK) if offset >= BLOCK else b""
+        return bytes(self.read_view(sample))
+
+    def read_view(self, sample: int) -> memoryview:
+        """:meth:`read` without the copy.
+
+        Raises:
+            DamagedSample: the tar holds something else at that place, or ends before it.
+            ShardError: the tar cannot be opened.
+        """
+        shard, offset, size, key = self._place(sample)
+        block = os.pread(self._descriptor(shard), BLOCK + size, offset - BLOCK) if offset >= BLOCK else b""
         if len(block) != BLOCK + size:
             raise DamagedSample(f"{self.shard_of(sample)} ends before it")
-        key = bytes(row["key"])
-        head = block[:BLOCK]
-        # Packing the header again would cost more than looking at it: a name of up to 100 bytes stands first and
-        # entire.
-        named = self.content.foreign or (head.startswith(key) and head[len(key) : len(key) + 4] in SUFFIXES)
-        if not named or _plain_size(head) != size:
-            self._check_header(head, key, size, sample)
-        return block[BLOCK:]
+        self._check_header(block[:BLOCK], key, size, sample)
+        return memoryview(block)[BLOCK:]
+
+    def view(self, sample: int) -> np.ndarray:
+        """The stored bytes of a sample's image as uint8 (size,), mapped and not copied: for stored pixels.
+
+        Raises:
+            DamagedSample: the tar holds something else at that place, or ends before it.
+            ShardError: the tar cannot be opened.
+        """
+        shard, offset, size, key = self._place(sample)
+        descriptor = self._descriptor(shard)
+        # Touching a page past the end of a file ends the process, so a tar that was cut since must be seen before.
+        if not BLOCK <= offset <= os.fstat(descriptor).st_size - size:
+            raise DamagedSample(f"{self.shard_of(sample)} ends before it")
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            # A private mapping is writable without the file being so, which spares torch's warning about read-only
+            # arrays.
+            mapped = np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY), np.uint8)
+            self._maps[shard] = mapped
+        if offset + size > len(mapped):
+            raise DamagedSample(f"{self.shard_of(sample)} ended before it when it was opened")
+        self._check_header(mapped[offset - BLOCK : offset].tobytes(), key, size, sample)
+        return mapped[offset : offset + size]
+
+    def _place(self, sample: int) -> tuple[int, int, int, bytes]:
+        """(shard, offset, size, key) of a sample."""
+        row = self._table[sample].item()
+        return row[0], row[2], row[3], row[5]
 
     def _check_header(self, head: bytes, key: bytes, size: int, sample: int) -> None:
-        """The slow path: long names, and saying exactly what is wrong."""
+        """Hold the tar header before a payload against the table.
+
+        Raises:
+            DamagedSample: they are not about the same image.
+        """
+        # Parsing the whole header costs as much as reading the image, and a short name stands first in it, entire.
+        named = self.content.foreign or (head.startswith(key) and head[len(key) : len(key) + 4] in SUFFIXES)
+        if named and _plain_size(head) == size:
+            return
         where = self.shard_of(sample)
         try:
             name, held, _ = parse_header(head)
         except TarError as error:
             raise DamagedSample(f"{where}: {error}") from None
-        if held != size or (not self.content.foreign and (name[:-4] != key or name[-4:] not in SUFFIXES)):
+        named = self.content.foreign or (name[:-4] == key and name[-4:] in SUFFIXES)
+        if not named or held != size:
             raise DamagedSample(f"{where} holds {name.decode('utf-8', 'replace')!r} of {held} bytes in its place")
 
-    def intact(self, sample: int, data: bytes) -> bool:
+    def intact(self, sample: int, data: bytes | memoryview) -> bool:
         """Whether ``data`` are the bytes that the build stored (by their CRC-32)."""
         return zlib.crc32(data) == int(self._table["crc"][sample])
 
@@ -267,7 +312,7 @@ class ShardIndex:
         if self._owner != os.getpid():
             # After a fork the parent's descriptors are shared, file positions are not used, and closing them is the
             # parent's.
-            self._open, self._owner = OrderedDict(), os.getpid()
+            self._open, self._maps, self._owner = OrderedDict(), {}, os.getpid()
         descriptor = self._open.get(shard)
         if descriptor is not None:
             self._open.move_to_end(shard)
@@ -276,7 +321,7 @@ class ShardIndex:
         self._open[shard] = descriptor
         # An open copy takes its space on the disk even after the cache has dropped it.
         if len(self._open) > (_MAX_OPEN_SHARDS if self.cache is None else _MAX_OPEN_COPIES):
-            os.close(self._open.popitem(last=False)[1])
+            self._close_oldest()
         return descriptor
 
     def _open_shard(self, shard: int) -> int:

@@ -13,6 +13,7 @@ from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.index import ShardIndex
 from mimscale.data.order import SampleOrder
 from mimscale.data.remote import FetchAhead
+from mimscale.data.store import PIXELS
 from mimscale.data.workers import batches
 
 PATCH = 32
@@ -25,7 +26,7 @@ class MIMBatch:
 
     Attributes:
         step: which global batch.
-        images: uint8 (b, 3, S, S).
+        images: uint8 (b, 3, S, S), channels innermost in memory (``torch.channels_last``).
         mask: bool (b, g, g), True = hidden.
         keys: the samples' keys; where a damaged sample was replaced, the replacement's.
         positions: int64 (b,), ``step * global_batch + i``.
@@ -48,6 +49,11 @@ class MIMBatch:
         for name in ("images", "mask", "positions", "draw_keys", "valid"):
             setattr(self, name, getattr(self, name).pin_memory())
         return self
+
+
+def empty_images(count: int, size: int) -> torch.Tensor:
+    """uint8 (count, 3, size, size) with channels innermost in memory, as decoders and resizes leave them."""
+    return torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tuple[int, int]:
@@ -82,7 +88,9 @@ def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
         DamagedSample: the bytes are not the ones stored, or are no image.
         ShardError: the tar cannot be opened.
     """
-    data = index.read(sample)
+    if index.content.store == PIXELS:
+        return decode.decode_pixels(index.view(sample))
+    data = index.read_view(sample)
     if data[:2] == b"\xff\xd8":
         try:
             return decode.decode_jpeg_strictly(data)
@@ -90,8 +98,6 @@ def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
             raise
         except ValueError:
             pass
-    elif data[:2] == b"P6":
-        return decode.decode_pixels(data)
     if not index.intact(sample, data):
         raise DamagedSample(f"{index.shard_of(sample)}: its bytes are not those that were stored")
     return decode.decode_leniently(data)
@@ -187,7 +193,7 @@ class MIMStream:
         samples = self.order.at(positions)
         crops = draws.uniforms(self.seed, draws.CROP, positions, augment.DRAWS_PER_CROP)
         flips = draws.uniforms(self.seed, draws.FLIP, positions, 1)[:, 0] < self.flip
-        images = torch.empty((share, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        images = empty_images(share, self.image_size)
         skipped: list[tuple[str, str]] = []
         for row in range(share):
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)

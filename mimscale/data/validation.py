@@ -10,7 +10,7 @@ import torch
 from mimscale.data import augment, draws
 from mimscale.data.errors import DamagedSample
 from mimscale.data.index import ShardIndex
-from mimscale.data.stream import MIMBatch, decode_sample, mask_shape, too_many
+from mimscale.data.stream import MIMBatch, decode_sample, empty_images, mask_shape, too_many
 from mimscale.data.workers import batches
 
 VALIDATION_SEED = 20_220_609
@@ -77,7 +77,7 @@ class ValidationStream:
         """The rank's share of batch ``step``."""
         first = (step * self.world_size + self.rank) * self.batch_size
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
-        images = torch.zeros((self.batch_size, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        images = empty_images(self.batch_size, self.image_size).zero_()
         valid = positions < len(self.samples)
         samples = self.samples[np.minimum(positions, len(self.samples) - 1)]
         skipped = []

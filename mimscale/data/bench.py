@@ -1,0 +1,293 @@
+"""``mimscale bench data OUT``: how fast this machine makes training crops, and how fast others make the same.
+
+All pipelines are measured in one process, on one core, in turns of one batch, in CPU time; each yields a batch of augmented
+192 x 192 crops from files that are in memory already. So a busy machine slows all alike, and the ratios hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from mimscale.data import augment, draws, writer
+from mimscale.data.errors import ShardError
+from mimscale.data.index import ShardIndex
+from mimscale.data.store import PIXELS
+from mimscale.data.stream import MIMStream
+
+SIZE = 192
+SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Batches = Iterator[Any]
+
+
+def _transform() -> Any:
+    """What SimMIM's own pipeline does to an image, mask apart."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE, RATIO),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def unpack(index: ShardIndex, samples: np.ndarray, folder: Path) -> None:
+    """Write samples as an image folder for others to read."""
+    for sample in samples.tolist():
+        data = index.read(sample)
+        suffix = {b"\xff\xd8": "jpg", b"\x89P": "png", b"P6": "ppm"}.get(data[:2], "jpg")
+        path = folder / f"{index.label(sample):05}" / f"{sample}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def imagefolder_batches(folder: Path, batch: int) -> Batches:
+    """torchvision's ImageFolder, decoded and augmented through Pillow."""
+    from torchvision.datasets import ImageFolder
+
+    files = ImageFolder(str(folder), _transform())
+    while True:
+        order = torch.randperm(len(files)).tolist()
+        for start in range(0, len(order) - batch + 1, batch):
+            yield torch.stack([files[number][0] for number in order[start : start + batch]])
+
+
+def webdataset_batches(shards: list[Path], batch: int) -> Batches:
+    """webdataset as its documentation shows it: shards, shuffle buffer, decode to Pillow, augment, batch."""
+    import webdataset
+
+    data = webdataset.WebDataset([str(path) for path in shards], shardshuffle=False).shuffle(100).decode("pil")
+    while True:
+        yield from data.to_tuple("jpg;png;ppm").map_tuple(_transform()).batched(batch, partial=False)
+
+
+def decode_batches(index: ShardIndex, samples: np.ndarray, batch: int) -> Batches:
+    """libjpeg-turbo alone, JPEGs in memory to RGB: what no pipeline that decodes whole images can pass."""
+    stored = [data for data in map(index.read, samples.tolist()) if data[:2] == b"\xff\xd8"]
+    if not stored:
+        return
+    while True:
+        for start in range(0, max(len(stored) - batch + 1, 1), batch):
+            for data in stored[start : start + batch]:
+                simplejpeg.decode_jpeg(data, "RGB")
+            yield None
+
+
+def stream_batches(index: ShardIndex, fraction: str, batch: int) -> Batches:
+    """mimscale's own batches, without worker processes."""
+    return iter(MIMStream(index, fraction, image_size=SIZE, global_batch=batch))
+
+
+def quality(index: ShardIndex, fraction: str, count: int = 64) -> tuple[float, float]:
+    """PSNR of our crops to Pillow's antialiased bilinear resize of the same boxes, dB.
+
+    Returns:
+        The mean over images, and the least.
+    """
+    stream = MIMStream(index, fraction, image_size=SIZE, global_batch=count, flip=0.0)
+    batch = stream.batch(0)
+    numbers = draws.uniforms(0, draws.CROP, np.arange(count), augment.DRAWS_PER_CROP)
+    found = []
+    for row, sample in enumerate(stream.order.indices(0, count).tolist()):
+        with Image.open(io.BytesIO(index.read(sample))) as opened:
+            image = opened.convert("RGB")
+        top, left, height, width = augment.crop_box(numbers[row], image.height, image.width, SCALE, RATIO)
+        reference = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        error = np.square(batch.images[row].permute(1, 2, 0).numpy().astype(float) - np.asarray(reference)).mean()
+        # Identical crops would be infinitely good; half a grey level of one channel in one pixel is as far as it is told.
+        found.append(10 * np.log10(255**2 / max(error, 1e-6)))
+    return float(np.mean(found)), float(np.min(found))
+
+
+def rates(pipelines: dict[str, Batches], batch: int, rounds: int) -> dict[str, float]:
+    """Images per second of CPU time of each pipeline, median over batches taken in turns."""
+    spent: dict[str, list[float]] = {name: [] for name in pipelines}
+    for number in range(rounds + 1):
+        for name, batches in pipelines.items():
+            began = time.process_time()
+            next(batches)
+            if number:  # the first batch pays for imports and caches
+                spent[name].append(time.process_time() - began)
+    return {name: batch / statistics.median(times) for name, times in spent.items()}
+
+
+def measure(outs: list[Path], fraction: str, batch: int, rounds: int, images: int, scratch: Path) -> dict[str, Any]:
+    """Measure each shard folder and its competitors.
+
+    Args:
+        outs: shard folders; the first is what pixel stores among the others are compared to.
+        fraction: which fraction of each.
+        batch: images a turn.
+        rounds: turns.
+        images: how many different images the competitors get.
+        scratch: folder for their copies.
+
+    Raises:
+        ShardError: a folder cannot be used.
+    """
+    indices = [ShardIndex.load(out) for out in outs]
+    pipelines: dict[str, Batches] = {}
+    for index in indices:
+        name = index.root.name
+        pipelines[f"{name}: mimscale"] = stream_batches(index, fraction, batch)
+        if index.content.store == PIXELS:
+            continue
+        samples = index.samples(fraction)
+        samples = samples[:: max(1, len(samples) // images)]
+        unpack(index, samples, scratch / name)
+        pipelines[f"{name}: ImageFolder + PIL"] = imagefolder_batches(scratch / name, min(batch, len(samples)))
+        pipelines[f"{name}: webdataset"] = webdataset_batches(index.shard_files(fraction), batch)
+        limit = decode_batches(index, samples, batch)
+        if next(limit, _NONE) is not _NONE:
+            pipelines[f"{name}: libjpeg-turbo decode alone"] = limit
+    result: dict[str, Any] = {"images_per_s": rates(pipelines, batch, rounds)}
+    result["psnr_db"] = {index.root.name: quality(index, fraction) for index in indices}
+    return result
+
+
+_NONE = object()
+
+
+def measure_build(index: ShardIndex, fraction: str, images: int, rounds: int, scratch: Path) -> dict[str, float]:
+    """Images per second of CPU time that our build and webdataset's ShardWriter store, from the same image folder."""
+    import webdataset
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "shards"))
+    from image_folder import ImageFolder
+
+    samples = index.samples(fraction)[:images]
+    unpack(index, samples, scratch / "source")
+
+    def ours(out: Path) -> None:
+        writer.build(ImageFolder(scratch / "source"), out)
+
+    def theirs(out: Path) -> None:
+        out.mkdir()
+        with webdataset.ShardWriter(str(out / "%06d.tar"), maxcount=1000, verbose=0) as tars:
+            for path in sorted((scratch / "source").glob("*/*")):
+                key = f"{path.parent.name}/{path.stem}"
+                tars.write({"__key__": key, path.suffix[1:]: path.read_bytes(), "cls": path.parent.name})
+
+    spent: dict[str, list[float]] = {"mimscale": [], "webdataset.ShardWriter": []}
+    for number in range(rounds + 1):
+        for name, build in zip(spent, (ours, theirs), strict=True):
+            with tempfile.TemporaryDirectory(dir=scratch) as out:
+                began = time.process_time()
+                build(Path(out) / "out")
+                if number:
+                    spent[name].append(time.process_time() - began)
+    return {name: len(samples) / statistics.median(times) for name, times in spent.items()}
+
+
+def soak(index: ShardIndex, fraction: str, images: int, workers: int) -> list[tuple[int, float]]:
+    """Private memory of all worker processes together while ``images`` samples go through.
+
+    Returns:
+        (samples so far, MiB), twenty times.
+    """
+    import psutil
+
+    batch = 64
+    steps = max(20, images // batch)
+    seen = []
+    for made in MIMStream(index, fraction, image_size=SIZE, global_batch=batch, workers=workers, stop_step=steps):
+        if (made.step + 1) % (steps // 20) == 0:
+            children = psutil.Process().children(recursive=True)
+            held = sum(child.memory_full_info().uss for child in children if child.is_running())
+            seen.append(((made.step + 1) * batch, held / 2**20))
+    return seen
+
+
+def _print(result: dict[str, Any], outs: list[Path]) -> None:
+    figures: dict[str, float] = result["images_per_s"]
+    print(f"{'pipeline':<52}{'images/s/core':>14}{'x ImageFolder':>15}{'of decode limit':>17}")
+    first = outs[0].name
+    for name, figure in figures.items():
+        folder = name.partition(": ")[0]
+        base = figures.get(f"{folder}: ImageFolder + PIL", figures.get(f"{first}: ImageFolder + PIL"))
+        limit = figures.get(f"{folder}: libjpeg-turbo decode alone")
+        share = f"{figure / limit:.0%}" if limit else ""
+        print(f"{name:<52}{figure:>14,.0f}{figure / base if base else 0:>15.2f}{share:>17}")
+    for name, (mean, least) in result["psnr_db"].items():
+        print(f"{name}: {mean:.1f} dB to Pillow's antialiased bilinear on average, {least:.1f} dB at least")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of ``mimscale bench data``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mimscale bench data", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="+", help="shard folders; a pixel store is compared to the first")
+    parser.add_argument("--fraction", default="100")
+    parser.add_argument("--batch", type=int, default=50, help="images a turn (50)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns (20)")
+    parser.add_argument("--images", type=int, default=500, help="different images that the competitors get (500)")
+    parser.add_argument("--build", action="store_true", help="measure building, not reading")
+    parser.add_argument("--soak", type=int, metavar="N", help="measure the workers' memory over N samples instead")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes for --soak (2)")
+    parser.add_argument("--scratch", type=Path, help="folder for copies; best in memory (/dev/shm where there is one)")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    options = parser.parse_args(argv)
+    memory = Path("/dev/shm")
+    base = options.scratch or (memory if memory.is_dir() else None)
+    try:
+        with tempfile.TemporaryDirectory(dir=base) as folder, _one_core(pin=options.soak is None):
+            result = _measure(options, Path(folder))
+    except (ShardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    if options.soak is not None:
+        seen = soak(ShardIndex.load(options.out[0]), options.fraction, options.soak, options.workers)
+        for samples, mib in seen:
+            print(f"{samples:>9,} samples: {mib:8.1f} MiB in {options.workers} workers")
+        return {"workers_mib": seen}
+    if options.build:
+        figures = measure_build(ShardIndex.load(options.out[0]), options.fraction, options.images, 5, scratch)
+        for name, figure in figures.items():
+            print(f"{name:<30}{figure:>12,.0f} images/s/core")
+        return {"build_images_per_s": figures}
+    result = measure(options.out, options.fraction, options.batch, options.rounds, options.images, scratch)
+    _print(result, options.out)
+    return result
+
+
+@contextmanager
+def _one_core(pin: bool) -> Iterator[None]:
+    """Keep this process and torch on one core for a while."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    if pin:
+        os.sched_setaffinity(0, {max(cores)})
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
