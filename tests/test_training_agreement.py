@@ -49,10 +49,19 @@ def runs(tmp_path_factory, shards) -> Path:
     return folder
 
 
-FP32 = (
-    "1-zero3 1-micro2 2-zero0 2-zero1 2-zero2 2-zero3 2-micro2 2-zero3-micro1 2-checkpointing "
-    "2-deepspeed-checkpointing 2-workers"
-).split()
+FP32 = [
+    "1-zero3",
+    "1-micro2",
+    "2-zero0",
+    "2-zero1",
+    "2-zero2",
+    "2-zero3",
+    "2-micro2",
+    "2-zero3-micro1",
+    "2-checkpointing",
+    "2-deepspeed-checkpointing",
+    "2-workers",
+]
 
 
 @pytest.mark.parametrize("name", FP32)

@@ -1,6 +1,5 @@
 """Mistakes and damage: each is named, with what to do, and nothing is lost."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from training_runs import ENVIRONMENT, RECIPE, ROOT, TINY, launcher, losses, rec
 from mimscale.data import ShardError, ShardIndex
 from mimscale.training.checkpoint import CheckpointError, saved_steps
 from mimscale.training.ds_config import DeepSpeedConfigError
-from mimscale.training.engine import TrainingError
+from mimscale.training.engine import OneRankError, TrainingError
 from mimscale.training.loop import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 
@@ -172,7 +171,7 @@ def test_a_damaged_image_is_skipped_counted_and_named(tmp_path, copied_shards, c
     assert set(result["skipped"]) == keys
     said = capfd.readouterr().out
     assert all(key in said for key in keys)
-    with pytest.raises(ShardError, match="damaged"):
+    with pytest.raises(OneRankError, match="damaged"):
         train(
             tmp_path / "strict",
             f"data.shards={copied_shards}",
@@ -206,15 +205,16 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, shards):
 
 def test_a_checkpoint_of_another_model_is_named(copied, shards):
     (copied / "recipe.yaml").unlink()
-    with pytest.raises(CheckpointError, match="checkpoint of another model.*embed"):
+    with pytest.raises(CheckpointError, match=r"checkpoint of another model.*embed"):
         train(copied, f"data.shards={shards}", "model.embed_dim=32", "train.iterations=12", "schedule.decay_at=1")
 
 
-def test_shards_of_another_build_are_refused(copied, copied_shards):
-    index = json.loads((copied_shards / "index.json").read_text())
-    (copied_shards / "index.json").write_text(json.dumps({**index, "build": "0" * len(index["build"])}))
+def test_shards_of_another_build_are_refused(copied, tmp_path, shards):
+    source, out = shards.parent / "train", tmp_path / "shards"
+    build = ["shards/build.py", "build", "--source", str(source), "--out", str(out), "--seed", "1"]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
     with pytest.raises(CheckpointError, match="build"):
-        train(copied, f"data.shards={copied_shards}")
+        train(copied, f"data.shards={out}")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest", "garbled manifest"])
@@ -243,13 +243,13 @@ def test_no_whole_checkpoint_is_not_a_silent_fresh_start(copied, shards):
     for data in (copied / "checkpoints").rglob("*.safetensors"):
         data.write_bytes(b"nothing")
     (copied / "result.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         train(copied, f"data.shards={shards}")
     assert len(records(copied)) == 8
 
 
 def test_a_branch_from_nowhere_lists_the_steps_there_are(tmp_path, finished, shards):
-    with pytest.raises(CheckpointError, match="step 5 .*4, 8"):
+    with pytest.raises(CheckpointError, match=r"step 5 .*4, 8"):
         train(tmp_path / "run", f"data.shards={shards}", f"train.branch_from={finished}@5")
 
 
@@ -289,7 +289,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, shards, finished):
         size = sum(path.stat().st_size for path in (finished / "checkpoints/step_00000004").iterdir())
         with ballast.open("wb") as file:
             file.write(bytes(100 * 2**20 - int(1.6 * size)))
-        with pytest.raises(CheckpointError, match="step_00000008.*No space left.*step_00000004 is untouched"):
+        with pytest.raises(CheckpointError, match=r"step_00000008.*No space left.*step_00000004 is untouched"):
             train(run, f"data.shards={shards}")
         assert saved_steps(run) == [4]
         assert not list((run / "checkpoints").glob(".saving*"))

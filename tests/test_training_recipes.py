@@ -63,7 +63,9 @@ def test_weight_decay_spares_what_the_paper_spares():
     for fidelity, spared in (("paper", True), ("released", False)):
         recipe = load_recipe(RECIPE, [*TINY, f"fidelity={fidelity}"])
         objective = build_objective(recipe)
-        kept = {id(p) for group in decay_groups(objective, recipe) if not group["weight_decay"] for p in group["params"]}
+        kept = {
+            id(p) for group in decay_groups(objective, recipe) if not group["weight_decay"] for p in group["params"]
+        }
         for name, parameter in objective.named_parameters():
             expected = parameter.ndim <= 1 or name.endswith("bias") or "mask_token" in name
             if "cpb_mlp" in name or "logit_scale" in name:

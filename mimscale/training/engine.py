@@ -42,6 +42,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step, the cause and what to do."""
 
 
+class OneRankError(RuntimeError):
+    """Something that happened to this rank alone, so that this rank has to say it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among all of them."""

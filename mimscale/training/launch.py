@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     # Only now what takes seconds to import.
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
-    from mimscale.training.engine import TrainingError
+    from mimscale.training.engine import OneRankError, TrainingError
     from mimscale.training.loop import pretrain
 
     try:
         pretrain(recipe, ds_config, args.output)
-    except (RecipeError, DeepSpeedConfigError, CheckpointError, TrainingError) as error:
+    except (RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError) as error:
         fail(error, everywhere=True)
-    except (ShardError, OSError) as error:
+    except (OneRankError, OSError) as error:
         fail(error, everywhere=False)
     except KeyboardInterrupt:
         fail(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True)  # type: ignore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.data import MIMStream, ShardIndex
+from mimscale.data import MIMBatch, MIMStream, ShardError, ShardIndex
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
-from mimscale.training.engine import Engine, Ranks, StepResult, TrainingError, start_ranks, stop_ranks
+from mimscale.training.engine import Engine, OneRankError, Ranks, StepResult, TrainingError, start_ranks, stop_ranks
 from mimscale.training.memory import largest_micro_batch
 from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration, flops_per_image
 from mimscale.training.objective import build_objective
@@ -47,7 +47,9 @@ def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> d
         The run's result, as in ``result.json``.
 
     Raises:
-        RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: the message says what to do.
+        RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: on all ranks alike; the message says
+            what to do.
+        OneRankError: reading failed on this rank.
     """
     started = not dist.is_initialized()
     ranks = start_ranks()
@@ -199,9 +201,8 @@ class _Run:
     def train(self) -> None:
         """Steps up to ``train.iterations``, with validation and checkpoints on the way."""
         train = self.recipe.train
-        stream = self._stream()
         clock, images = time.monotonic(), 0
-        for batch in stream:
+        for batch in self._batches():
             lr = learning_rate(self.recipe.schedule, self.recipe.learning_rate, train.iterations, self.step)
             self._note_skipped(batch.skipped)
             try:
@@ -222,9 +223,10 @@ class _Run:
                 self.save()
                 clock = time.monotonic()
 
-    def _stream(self) -> MIMStream:
+    def _batches(self) -> Iterator[MIMBatch]:
+        """This rank's share of every global batch to come, in page-locked memory if it goes to a GPU."""
         data = self.recipe.data
-        return MIMStream(
+        stream = MIMStream(
             self.index,
             fraction=data.fraction,
             seed=self.recipe.train.seed,
@@ -243,6 +245,11 @@ class _Run:
             hidden=self.recipe.hidden,
             max_damaged=data.max_damaged,
         )
+        try:
+            for batch in stream:
+                yield batch.pin_memory() if self.ranks.device.type == "cuda" else batch
+        except (ShardError, OSError) as error:
+            raise OneRankError(str(error)) from error
 
     def _log(self, result: StepResult, lr: float, rate: float) -> None:
         if not self.ranks.is_first:
