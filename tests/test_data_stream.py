@@ -83,7 +83,7 @@ def test_ranks_together_see_what_one_rank_sees_and_a_restart_sees_what_was_next(
 
 def test_worker_processes_change_nothing_and_end_with_the_iterator(solar):
     here = list(MIMStream(solar, "10", global_batch=8, start_step=5, stop_step=12))
-    there = list(MIMStream(solar, "10", global_batch=8, start_step=5, stop_step=12, workers=3))
+    there = list(MIMStream(solar, "10", global_batch=8, start_step=5, stop_step=12, workers=2))
     assert len(here) == len(there) == 7 and all(map(same, here, there))
     endless = iter(MIMStream(solar, "10", global_batch=8, workers=2))
     next(endless)
@@ -266,7 +266,7 @@ def _edit_table(folder):
         (lambda f: (f / "index.json").write_text('{"format": "mimscale-shards", "version": 9}'), "format version 9"),
         (
             lambda f: (f / "index.json").write_text('{"format": "mimscale-shards", "version": 1}'),
-            "lacks or mistypes a field",
+            "is not as it was written",
         ),
         (lambda f: (f / "index.json").write_text("[]"), "not the index of a shard folder"),
     ],
@@ -301,3 +301,74 @@ def test_png_with_sixteen_bits_and_alpha_decode_to_eight_bit_rgb():
 def test_the_index_file_reads_back_as_it_was_written(solar_shards):
     path = solar_shards / "index.json"
     assert Index.from_json(path.read_bytes(), path).to_json() == path.read_bytes()
+
+
+def test_seven_shards_on_four_ranks_with_three_workers_neither_hang_nor_repeat_nor_drop(photographs, tmp_path):
+    from image_folder import ImageFolder
+
+    from mimscale.data import writer
+
+    writer.build(ImageFolder(photographs), tmp_path, options=writer.Options(samples_per_shard=6))
+    index = ShardIndex.load(tmp_path)
+    assert len(index.shards) == 7
+    seen: Counter = Counter()
+    for rank in range(4):
+        stream = MIMStream(
+            index, "100", image_size=32, global_batch=12, rank=rank, world_size=4, workers=3, stop_step=8
+        )
+        for batch in stream:
+            seen.update(batch.keys)
+    # 8 steps of 12 are three epochs of 32.
+    assert seen == Counter({key: 3 for key in index.keys(index.samples("100"))})
+
+
+def test_workers_get_cores_of_their_own_where_there_are_enough(monkeypatch):
+    from mimscale.data.workers import cores_for
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shares = []
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        shares.append(cores_for(7))
+    assert shares == [list(range(1, 8)), list(range(9, 16))]
+    assert cores_for(8) == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=st.lists(st.integers(0, 60), max_size=40).map(lambda sizes: [*sizes, 3]), seed=st.integers(0, 2**40))
+def test_fractions_are_exact_nested_and_within_one_of_each_classs_share(sizes, seed):
+    from mimscale.data import strata
+
+    counts = strata.class_counts(np.array(sizes), seed=seed)
+    assert counts.sum(1).tolist() == [round(p * sum(sizes) / 100) for p in strata.FRACTIONS]
+    assert (np.diff(counts, axis=0) >= 0).all()
+    assert np.abs(counts - np.outer(strata.FRACTIONS, sizes) / 100).max() <= 1
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    drawn = strata.assign(labels, seed=seed)
+    for number, row in enumerate(counts):
+        assert np.array_equal(np.bincount(labels[drawn <= number], minlength=len(sizes)), row)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(-(2**63), 2**64), first=st.integers(0, 2**50), count=st.integers(1, 40))
+def test_a_draw_belongs_to_its_position_and_to_nothing_else(seed, first, count):
+    positions = np.arange(first, first + count)
+    together = draws.uniforms(seed, draws.CROP, positions, 5)
+    assert ((together >= 0) & (together < 1)).all()
+    for row, position in enumerate(positions):
+        assert np.array_equal(draws.uniforms(seed, draws.CROP, positions[row : row + 1], 9)[0, :5], together[row])
+        assert draws.draw_key(seed, int(position)) == draws.draw_keys(seed, positions)[row] >= 0
+    assert not np.array_equal(draws.uniforms(seed + 1, draws.CROP, positions, 5), together)
+    assert not np.array_equal(draws.uniforms(seed, draws.FLIP, positions, 5), together)
+
+
+def test_draws_are_uniform_and_uncorrelated():
+    numbers = draws.uniforms(0, draws.CROP, np.arange(20_000), 8)
+    assert np.abs(numbers.mean(0) - 0.5).max() < 0.01 and np.abs(numbers.var(0) - 1 / 12).max() < 0.003
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.03
+    assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.03
+    masks = draws.hidden_masks(0, np.arange(20_000), 6, 22)
+    assert np.abs(masks.mean(0) - 22 / 36).max() < 0.015
+    first = np.array([draws.permutation(50, seed, draws.ORDER, 0)[0] for seed in range(5000)])
+    assert np.bincount(first, minlength=50).min() > 60

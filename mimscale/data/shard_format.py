@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,44 +80,59 @@ class Index:
     rewritten: int = 0
 
     def to_json(self) -> bytes:
-        """The bytes of the file: the same index gives the same bytes."""
+        """The bytes of the file: the same index gives the same bytes. They end with a SHA-256 of all the rest."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        return _as_text({**content, "sha256": _digest(content)})
 
     @classmethod
     def from_json(cls, text: bytes, where: Path) -> Index:
         """Read the file's content.
 
         Raises:
-            ShardError: not JSON, another format or version, or fields that are missing or of the wrong kind.
+            ShardError: not JSON, another format or version, changed since it was written, or fields that contradict each other.
         """
+        again = "restore it, or build again"
         try:
             content = json.loads(text)
-        except ValueError as error:
-            raise ShardError(f"{where} is not valid JSON ({error}); restore it, or build into a new folder") from None
+        except (ValueError, RecursionError) as error:
+            raise ShardError(f"{where} is not valid JSON ({error}); {again}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ShardError(f"{where} is not the index of a shard folder")
         if content.get("version") != VERSION:
             raise ShardError(
                 f"{where} has format version {content.get('version')}; this release reads {VERSION}: build again"
             )
+        if content.pop("sha256", None) != _digest(content):
+            raise ShardError(f"{where} is not as it was written (its own SHA-256 does not hold); {again}")
         del content["format"], content["version"]
         try:
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             content["views"] = {name: View(**view) for name, view in content["views"].items()}
             index = cls(**content)
-            ok = sum(shard.samples for shard in index.shards) == index.samples and all(
-                isinstance(shard.file, str) and Path(shard.file).name == shard.file for shard in index.shards
-            )
             names = {shard.file for shard in index.shards}
-            ok = ok and all(set(files) <= names for files in index.fractions.values())
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ShardError(f"{where} lacks or mistypes a field ({error}); restore it, or build it again") from None
-        if not ok:
-            raise ShardError(
-                f"{where} contradicts itself (sample counts, or shards outside its folder); restore it, or build again"
+            ok = (
+                sum(shard.samples for shard in index.shards) == index.samples
+                and all(Path(name).name == name for name in names)
+                and all(set(files) <= names for files in index.fractions.values())
             )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ShardError(f"{where} lacks or mistypes a field ({error}); {again}") from None
+        if ok and index.to_json() != text:
+            raise ShardError(f"{where} is not as it was written; {again}")
+        if not ok:
+            raise ShardError(f"{where} contradicts itself (sample counts, or shards outside its folder); {again}")
         return index
+
+
+def _as_text(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    try:
+        return hashlib.sha256(_as_text(content)).hexdigest()
+    except UnicodeEncodeError:
+        return ""
 
 
 def write_durably(path: Path, content: bytes) -> None:

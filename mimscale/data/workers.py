@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Sampler
@@ -47,6 +49,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         sampler=_StepNumbers(start, stop),
         num_workers=workers,
         prefetch_factor=_AHEAD,
+        worker_init_fn=partial(_pin, cores_for(workers)),
     )
     iterator = iter(loader)
     try:
@@ -55,11 +58,13 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            except (RuntimeError, EOFError, OSError) as error:
+                # What a killed process leaves behind is read as any of these, depending on where it was.
+                if all(worker.is_alive() for worker in iterator._workers):  # type: ignore[attr-defined]
                     raise
                 raise ShardError(
-                    f"a data worker process was killed (out of memory?): {error}; fewer data workers need less of it"
+                    f"a data worker process was killed (out of memory?): {error or type(error).__name__}; "
+                    "fewer data workers need less of it"
                 ) from None
             if isinstance(batch, ShardError):
                 raise batch
@@ -69,6 +74,24 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         # running.
         iterator._shutdown_workers() if hasattr(iterator, "_shutdown_workers") else None
         del iterator
+
+
+def cores_for(workers: int) -> list[int]:
+    """A core for each worker of this rank, none shared and one left for the rank itself; empty where there are too few.
+
+    Ranks of one node share its cores in the order of LOCAL_RANK.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    share = len(cores) // max(ranks, 1)
+    if share < workers + 1 or not 0 <= rank < ranks:
+        return []
+    return cores[rank * share + 1 : rank * share + 1 + workers]
+
+
+def _pin(cores: list[int], worker: int) -> None:
+    if cores:
+        os.sched_setaffinity(0, {cores[worker]})
 
 
 class _Caught:
