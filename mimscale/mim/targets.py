@@ -1,28 +1,23 @@
 """What SimMIM learns to predict: pixels normalised by the mean and variance of their neighbourhood."""
 
-from functools import lru_cache
-
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 EPSILON = 1e-6
 
 
-@lru_cache(maxsize=64)
-def _window_ends(length: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel of each position's window and the first one after it, cut at the image's edges."""
-    position = np.arange(length)
-    return np.maximum(position - window // 2, 0), np.minimum(position + window // 2 + 1, length)
-
-
 def _box_sum(x: torch.Tensor, window: int, dim: int) -> torch.Tensor:
-    """Sum ``x`` along ``dim`` over the window around each position: a running sum and one difference."""
-    first, after = _window_ends(x.shape[dim], window)
-    edge = list(x.shape)
-    edge[dim] = 1
-    running = torch.cat((x.new_zeros(edge), x.cumsum(dim)), dim)
-    ends = (torch.as_tensor(ends, device=x.device) for ends in (after, first))
-    return running.index_select(dim, next(ends)) - running.index_select(dim, next(ends))
+    """Sum ``x`` along ``dim`` (-1 or -2) over the window around each position: a running sum and one difference."""
+    half = window // 2
+    running = F.pad(x, (half + 1, half) if dim == -1 else (0, 0, half + 1, half)).cumsum(dim)
+    length = x.shape[dim]
+    return running.narrow(dim, window, length) - running.narrow(dim, 0, length)
+
+
+def _inside(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Count the pixels of each position's window that lie inside a line of ``length`` pixels, in fp64."""
+    position = torch.arange(length, device=device, dtype=torch.float64)
+    return (position + window // 2 + 1).clamp(max=length) - (position - window // 2).clamp(min=0)
 
 
 def local_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,8 +39,8 @@ def local_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor, t
     if window % 2 == 0 or window < 3:
         raise ValueError(f"the target window must be odd and at least 3, not {window}")
     x = images.double()
-    (top, bottom), (left, right) = (_window_ends(length, window) for length in images.shape[-2:])
-    count = torch.as_tensor(np.outer(bottom - top, right - left), dtype=torch.float64, device=images.device)
+    rows, columns = (_inside(length, window, images.device) for length in images.shape[-2:])
+    count = rows[:, None] * columns
     sums = _box_sum(_box_sum(torch.stack((x, x * x)), window, -1), window, -2)
     mean, square = (sums / count).unbind(0)
     variance = (square - mean * mean) * (count / (count - 1))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+CACHE_ELEMENTS = 2**20
 EPSILON = 1e-12  # below which a query's or key's length counts as this much
 
 
@@ -77,8 +78,20 @@ def attend_fused(
     return mixed.reshape(groups, heads, tokens, -1).transpose(1, 2).reshape(groups, tokens, width // 3)
 
 
+def _chunks(groups: int, heads: int, tokens: int, windows: int) -> int:
+    """Count the groups whose logits fit into the cache together; a divisor of the windows, or a multiple."""
+    fit = max(1, CACHE_ELEMENTS // (heads * tokens * tokens))
+    if fit >= windows:
+        return min(groups, fit // windows * windows)
+    return max(c for c in range(1, fit + 1) if windows % c == 0)
+
+
 class _CosineAttention(torch.autograd.Function):
-    """Attention on a CPU. With u = q / |q| * scale and w = k / |k|: P = softmax(u w' + bias + penalty), out = P v."""
+    """Attention on a CPU. With u = q / |q| * scale and w = k / |k|: P = softmax(u w' + bias + penalty), out = P v.
+
+    It goes through the windows in chunks whose logits stay in the core's cache from the product that makes them to the
+    product that uses them; only P is written to memory, for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, qkv, scale, bias, penalty):
@@ -89,41 +102,62 @@ class _CosineAttention(torch.autograd.Function):
         # Lengths of queries and keys, where they lie; the scale goes into the queries' factor.
         factor = torch.linalg.vector_norm(split[:, :, :2], dim=-1, keepdim=True).clamp_min_(EPSILON).reciprocal_()
         factor[:, :, 0] *= scale.to(qkv.dtype)[..., 0]
-        units = qkv.new_empty(2, groups, heads, tokens, size)
-        torch.mul(split[:, :, :2].permute(2, 0, 3, 1, 4), factor.permute(2, 0, 3, 1, 4), out=units)
-        values = split[:, :, 2].transpose(1, 2).contiguous().view(groups * heads, tokens, size)
-        u, w = units.view(2, groups * heads, tokens, size).unbind(0)
-        logits = torch.bmm(u, w.transpose(1, 2)).to(bias.dtype).view(groups, heads, tokens, tokens)
-        logits += bias
-        if penalty is not None:
-            logits.view(-1, len(penalty), heads, tokens, tokens).add_(penalty)
-        weights = torch.softmax(logits, -1, out=logits).to(qkv.dtype).view(groups * heads, tokens, tokens)
-        mixed = torch.bmm(weights, values).view(groups, heads, tokens, size)
-        ctx.save_for_backward(units, values, weights, factor, scale)
-        ctx.bias_dtype = bias.dtype
+        units = qkv.new_empty(3, groups, heads, tokens, size)
+        torch.mul(split[:, :, :2].permute(2, 0, 3, 1, 4), factor.permute(2, 0, 3, 1, 4), out=units[:2])
+        units[2].copy_(split[:, :, 2].transpose(1, 2))
+        weights = qkv.new_empty(groups, heads, tokens, tokens)
+        mixed = qkv.new_empty(groups, heads, tokens, size)
+        windows = 1 if penalty is None else len(penalty)
+        step = _chunks(groups, heads, tokens, windows)
+        exact = qkv.dtype == bias.dtype
+        for start in range(0, groups, step):
+            part = slice(start, min(start + step, groups))
+            u, w, v = (unit[part].flatten(0, 1) for unit in units)
+            share = weights[part]
+            torch.bmm(u, w.transpose(1, 2), out=share.flatten(0, 1))
+            logits = share if exact else share.to(bias.dtype)
+            logits += bias
+            if penalty is not None:
+                place = start % windows
+                logits.view(-1, min(step, windows), heads, tokens, tokens).add_(penalty[place : place + step])
+            torch.softmax(logits, -1, out=logits)
+            if not exact:
+                share.copy_(logits)
+            torch.bmm(share.flatten(0, 1), v, out=mixed[part].flatten(0, 1))
+        ctx.save_for_backward(units, weights, factor, scale)
+        ctx.bias_dtype, ctx.step = bias.dtype, step
         return mixed.transpose(1, 2).reshape(groups, tokens, heads * size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        units, values, weights, factor, scale = ctx.saved_tensors
+        units, weights, factor, scale = ctx.saved_tensors
         _, groups, heads, tokens, size = units.shape
-        flat = (groups * heads, tokens, size)
-        u, w = units.view(2, *flat).unbind(0)
-        grad = grad.view(groups, tokens, heads, size).transpose(1, 2).reshape(flat)
-        result = units.new_empty(groups, tokens, 3, heads, size)
-        result[:, :, 2] = torch.bmm(weights.transpose(1, 2), grad).view(units.shape[1:]).transpose(1, 2)
-        inner = torch.bmm(grad, values.transpose(1, 2))
-        # P * (dP - sum(dP * P)), in the buffer of dP
-        torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
-        grad_bias = inner.view(groups, heads, tokens, tokens).sum(0, dtype=ctx.bias_dtype)
+        grad = grad.view(groups, tokens, heads, size).transpose(1, 2).contiguous()
         grads = torch.empty_like(units)
-        torch.bmm(inner, w, out=grads[0].view(flat))
-        torch.bmm(inner.transpose(1, 2), u, out=grads[1].view(flat))
+        step = min(ctx.step, groups)
+        scratch = weights.new_empty(step * heads, tokens, tokens)
+        grad_bias = weights.new_zeros(heads, tokens, tokens, dtype=ctx.bias_dtype)
+        for start in range(0, groups, step):
+            part = slice(start, min(start + step, groups))
+            u, w, v = (unit[part].flatten(0, 1) for unit in units)
+            grad_u, grad_w, grad_v = (unit[part].flatten(0, 1) for unit in grads)
+            incoming, share = grad[part].flatten(0, 1), weights[part].flatten(0, 1)
+            inner = scratch[: len(share)]
+            torch.bmm(share.transpose(1, 2), incoming, out=grad_v)
+            torch.bmm(incoming, v.transpose(1, 2), out=inner)
+            # P * (dP - sum(dP * P)), in the buffer of dP
+            torch.ops.aten._softmax_backward_data.out(inner, share, -1, inner.dtype, grad_input=inner)
+            for window in inner.view(-1, heads, tokens, tokens):
+                grad_bias += window
+            torch.bmm(inner, w, out=grad_u)
+            torch.bmm(inner.transpose(1, 2), u, out=grad_w)
         # d(q / |q| * s) takes out what lies along q: ds = g.u / s, and dq = (s / |q|) (g - u (g.u) / s^2)
-        along = torch.linalg.vecdot(grads, units).unsqueeze(-1)
+        along = torch.linalg.vecdot(grads[:2], units[:2]).unsqueeze(-1)
         grad_scale = along[0].sum((0, 2), dtype=ctx.bias_dtype).view_as(scale) / scale
         along[0] /= (scale * scale).to(along.dtype)
-        grads.addcmul_(units, along, value=-1)
-        torch.mul(grads, factor.permute(2, 0, 3, 1, 4), out=result[:, :, :2].permute(2, 0, 3, 1, 4))
+        grads[:2].addcmul_(units[:2], along, value=-1)
+        result = units.new_empty(groups, tokens, 3, heads, size)
+        torch.mul(grads[:2], factor.permute(2, 0, 3, 1, 4), out=result[:, :, :2].permute(2, 0, 3, 1, 4))
+        result[:, :, 2] = grads[2].transpose(1, 2)
         return result.view(groups, tokens, -1), grad_scale.to(scale.dtype), grad_bias, None

@@ -51,7 +51,7 @@ def keep_scales(rates: list[float], batch: int, draw_keys: torch.Tensor | None, 
         device: where the result is wanted.
 
     Returns:
-        (K, B, 1, 1) fp32: 1 / (1 - rate) where the branch is kept, 0 where it is dropped.
+        (K, B, 1, 1) fp64: 1 / (1 - rate) where the branch is kept, 0 where it is dropped.
 
     Raises:
         ValueError: ``draw_keys`` is not an int64 tensor of shape (B,).
@@ -67,7 +67,7 @@ def keep_scales(rates: list[float], batch: int, draw_keys: torch.Tensor | None, 
         uniform = keyed_uniform(draw_keys.to(device), torch.arange(len(rates), device=device))
     keep = torch.tensor([1.0 - rate for rate in rates], dtype=torch.float64)
     threshold = (keep * 2.0**53).long().to(device)
-    scale = (1.0 / keep).float().to(device)
+    scale = (1.0 / keep).to(device)
     return ((uniform < threshold[:, None]) * scale[:, None])[:, :, None, None]
 
 
@@ -85,7 +85,7 @@ class Draw(NamedTuple):
     def run(
         self, branch: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        """Apply ``branch``, which takes (K, L, C) and the factor and adds itself to what it was given, to x (B, L, C)."""
+        """Apply ``branch`` to x (B, L, C): it takes (K, L, C) and the factor, and adds itself to what it was given."""
         if self.rows is None:
             return branch(x, self.factor)
         return x.index_copy(0, self.rows, branch(x.index_select(0, self.rows), self.factor))
