@@ -214,7 +214,7 @@ def test_a_fraction_kept_small_or_decoded_has_the_same_batches(photo_shards, tmp
 
     from PIL import Image
 
-    from mimscale.data.stream import decode_sample
+    from mimscale.data.crops import decode_sample
 
     original = ShardIndex.load(photo_shards)
     for name, more in (

@@ -12,11 +12,16 @@ from mimscale.data.errors import DamagedSample, ShardError
 
 if TYPE_CHECKING:
     from mimscale.data.index import ShardIndex
+    from mimscale.data.labelled import Erasing, EvaluationStream, LabelledBatch, LabelledStream
     from mimscale.data.order import SampleOrder
     from mimscale.data.stream import MIMBatch, MIMStream
     from mimscale.data.validation import ValidationStream
 
 _HOME = {
+    "Erasing": "labelled",
+    "EvaluationStream": "labelled",
+    "LabelledBatch": "labelled",
+    "LabelledStream": "labelled",
     "MIMBatch": "stream",
     "MIMStream": "stream",
     "SampleOrder": "order",
@@ -24,7 +29,19 @@ _HOME = {
     "ValidationStream": "validation",
 }
 
-__all__ = ["DamagedSample", "MIMBatch", "MIMStream", "SampleOrder", "ShardError", "ShardIndex", "ValidationStream"]
+__all__ = [
+    "DamagedSample",
+    "Erasing",
+    "EvaluationStream",
+    "LabelledBatch",
+    "LabelledStream",
+    "MIMBatch",
+    "MIMStream",
+    "SampleOrder",
+    "ShardError",
+    "ShardIndex",
+    "ValidationStream",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """``mimscale bench data OUT``: how fast this machine makes training crops, and how fast others make the same.
 
-All pipelines are measured in one process, on one core, in turns of one batch, in CPU time; each yields a batch of augmented
-192 x 192 crops from files that are in memory already. So a busy machine slows all alike, and the ratios hold.
+All pipelines are measured in one process, on one core, in turns of one batch, in CPU time; each yields a batch of
+augmented 192 x 192 crops from files that are in memory already. So a busy machine slows all alike, and the ratios hold.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def quality(index: ShardIndex, fraction: str, count: int = 64) -> tuple[float, f
         top, left, height, width = augment.crop_box(numbers[row], image.height, image.width, SCALE, RATIO)
         reference = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         error = np.square(batch.images[row].permute(1, 2, 0).numpy().astype(float) - np.asarray(reference)).mean()
-        # Identical crops would be infinitely good; half a grey level of one channel in one pixel is as far as it is told.
+        # Identical crops would be infinitely good; half a grey level of one channel in one pixel is as far as it is
+        # told.
         found.append(10 * np.log10(255**2 / max(error, 1e-6)))
     return float(np.mean(found)), float(np.min(found))
 

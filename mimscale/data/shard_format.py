@@ -89,7 +89,8 @@ class Index:
         """Read the file's content.
 
         Raises:
-            ShardError: not JSON, another format or version, changed since it was written, or fields that contradict each other.
+            ShardError: not JSON, another format or version, changed since it was written, or fields that contradict
+                each other.
         """
         again = "restore it, or build again"
         try:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 
-from mimscale.data import augment, draws
-from mimscale.data.errors import DamagedSample
+from mimscale.data import draws
 from mimscale.data.index import ShardIndex
-from mimscale.data.stream import MIMBatch, decode_sample, empty_images, mask_shape, too_many
-from mimscale.data.workers import batches
+from mimscale.data.labelled import EvaluationStream
+from mimscale.data.stream import MIMBatch, mask_shape
 
 VALIDATION_SEED = 20_220_609
 
 
-class ValidationStream:
+class ValidationStream(EvaluationStream):
     """One pass over the split "val": centre crops, one fixed mask an image.
 
     Every rank gives the same number of batches of the same size, because a sharded model's forward pass needs all
@@ -56,54 +52,32 @@ class ValidationStream:
         interpolation: str = "bilinear",
         max_damaged: int = 100,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size={batch_size}, rank={rank} and world_size={world_size} do not go together")
-        self.index, self.image_size, self.batch_size, self.rank, self.world_size = (
+        super().__init__(
             index,
+            "val",
             image_size,
             batch_size,
             rank,
             world_size,
+            resize_shorter=image_size,
+            workers=workers,
+            interpolation=interpolation,
+            max_damaged=max_damaged,
+            seed=seed,
         )
-        self.seed, self.workers, self.interpolation, self.max_damaged = seed, workers, interpolation, max_damaged
         self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
-        self.samples = index.samples("val")
 
-    def __len__(self) -> int:
-        """Batches of each rank."""
-        return -(-len(self.samples) // (self.batch_size * self.world_size))
-
-    def __getitem__(self, step: int) -> MIMBatch:
+    def __getitem__(self, step: int) -> MIMBatch:  # type: ignore[override]
         """The rank's share of batch ``step``."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
-        images = empty_images(self.batch_size, self.image_size).zero_()
-        valid = positions < len(self.samples)
-        samples = self.samples[np.minimum(positions, len(self.samples) - 1)]
-        skipped = []
-        for row in np.flatnonzero(valid):
-            try:
-                pixels = decode_sample(self.index, int(samples[row]))
-            except DamagedSample as damage:
-                skipped.append((self.index.key(int(samples[row])), damage.reason))
-                valid[row] = False
-                continue
-            images[row] = augment.resize_and_centre_crop(pixels, self.image_size, self.image_size, self.interpolation)
+        plain = super().__getitem__(step)
+        masks = draws.hidden_masks(self.seed, plain.positions.numpy(), self.mask_grid, self.hidden)
         return MIMBatch(
             step,
-            images,
-            torch.from_numpy(draws.hidden_masks(self.seed, positions, self.mask_grid, self.hidden)),
-            self.index.keys(samples),
-            torch.from_numpy(positions),
-            torch.from_numpy(draws.draw_keys(self.seed, positions)),
-            torch.from_numpy(valid),
-            skipped,
+            plain.images,
+            torch.from_numpy(masks),
+            plain.keys,
+            plain.positions,
+            plain.draw_keys,
+            plain.valid,
+            plain.skipped,
         )
-
-    def __iter__(self) -> Iterator[MIMBatch]:
-        damaged: dict[str, str] = {}
-        for batch in batches(self, 0, len(self), self.workers):
-            damaged.update(batch.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(damaged, self.max_damaged)
-            yield batch
