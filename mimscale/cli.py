@@ -5,9 +5,20 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-# word -> (module with main(argv) -> exit status, what it does)
+# words -> (module with main(argv) -> exit status, how many of the words it wants to see itself, what it does)
 COMMANDS = {
-    "reconstruct": ("mimscale.training.reconstruct", "fill in hidden parts of images with a run's model, as a PNG"),
+    "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
+    "bench data": (
+        "mimscale.data.bench",
+        0,
+        "reading and decoding against ImageFolder, webdataset and the decoder's limit",
+    ),
+    "bench step": (
+        "mimscale.models.bench",
+        1,
+        "a training step against timm's SwinV2 and the machine's matrix products",
+    ),
+    "bench memory": ("mimscale.models.bench", 1, "activation memory, bytes an image"),
 }
 
 
@@ -15,14 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that the first word names."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
-        print("usage: mimscale COMMAND ...  (mimscale COMMAND --help says more)\n")
-        for name, (_, text) in COMMANDS.items():
-            print(f"  {name:<14} {text}")
+        print(f"usage: mimscale COMMAND ...  (mimscale COMMAND --help says more)\n\n{_listing()}")
         return 0 if words else 2
-    if words[0] not in COMMANDS:
-        print(f"mimscale: there is no command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return import_module(COMMANDS[words[0]][0]).main(words[1:])
+    for name, (module, seen, _) in COMMANDS.items():
+        length = len(name.split())
+        if words[:length] == name.split():
+            return import_module(module).main(words[length - seen :])
+    print(f"mimscale: there is no command '{' '.join(words[:2])}'; there are\n\n{_listing()}", file=sys.stderr)
+    return 2
+
+
+def _listing() -> str:
+    return "\n".join(f"  {name:<14} {text}" for name, (_, _, text) in COMMANDS.items())
 
 
 if __name__ == "__main__":

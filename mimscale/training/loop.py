@@ -117,7 +117,9 @@ class _Run:
         """Check everything that can be checked, find where to go on, and build the engine there."""
         if recipe.data.shards is None:
             raise RecipeError("data.shards is not set: give data.shards=OUT, a folder made by shards/build.py")
-        index = ShardIndex.load(recipe.data.shards)
+        cache = {"cache": Path(recipe.data.cache)} if recipe.data.cache else {}
+        size = {"cache_bytes": int(recipe.data.cache_gib * 2**30)} if recipe.data.cache_gib else {}
+        index = ShardIndex.load(recipe.data.shards, **cache, **size)  # type: ignore[arg-type]
         MIMStream(index, fraction=recipe.data.fraction)  # an unknown fraction is an error here, not after minutes
         micro_bound = None
         if ds_config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
@@ -244,6 +246,8 @@ class _Run:
             mask_grid=self.recipe.mask_grid,
             hidden=self.recipe.hidden,
             max_damaged=data.max_damaged,
+            shuffle=data.shuffle,
+            window=data.shuffle_window,
         )
         try:
             for batch in stream:

@@ -31,7 +31,11 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the images come from and how they are cropped (paper, section 3.4)."""
+    """Where the images come from and how they are cropped (paper, section 3.4).
+
+    ``shuffle: window`` keeps reads to ``shuffle_window`` shards at a time, for network storage. ``cache`` and ``cache_gib``
+    hold local copies of shards whose ``shards`` is an address.
+    """
 
     shards: str | None = None
     fraction: Fraction = "100"
@@ -42,6 +46,10 @@ class Data(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    shuffle: Literal["full", "window"] = "full"
+    shuffle_window: Positive = 16
+    cache: str | None = None
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     max_damaged: Annotated[int, Field(ge=0)] = 100
     validation_images: Positive | None = None
@@ -309,6 +317,8 @@ FREE_KEYS = frozenset(
     {
         "data.shards",
         "data.workers",
+        "data.cache",
+        "data.cache_gib",
         "data.max_damaged",
         "train.checkpoint_every",
         "train.keep_checkpoints",
