@@ -372,3 +372,17 @@ def test_draws_are_uniform_and_uncorrelated():
     assert np.abs(masks.mean(0) - 22 / 36).max() < 0.015
     first = np.array([draws.permutation(50, seed, draws.ORDER, 0)[0] for seed in range(5000)])
     assert np.bincount(first, minlength=50).min() > 60
+
+
+def test_nvimgcodecs_cpu_backend_gives_the_same_batches_and_leaves_damage_to_the_usual_way(own_photo_shards):
+    pytest.importorskip("nvidia.nvimgcodec")
+    bad = damage(own_photo_shards, 10, lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    index = ShardIndex.load(own_photo_shards)
+    usual = next(iter(MIMStream(index, "100", global_batch=32)))
+    theirs = next(iter(MIMStream(index, "100", global_batch=32, decoder="nvimgcodec")))
+    others = [row for row, key in enumerate(usual.keys) if theirs.keys[row] == key]
+    assert len(others) >= 31 and bad in dict(usual.skipped)
+    assert (usual.images[others].int() - theirs.images[others].int()).abs().max() <= 1
+    assert torch.equal(usual.mask, theirs.mask)
+    with pytest.raises(ValueError, match="goes with decoder='nvimgcodec' and workers=0"):
+        MIMStream(index, "100", device="cuda:0")

@@ -235,6 +235,9 @@ def _print(result: dict[str, Any], outs: list[Path]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of ``mimscale bench data``; returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["data"]:
+        words = words[1:]
     parser = argparse.ArgumentParser(prog="mimscale bench data", description=__doc__)
     parser.add_argument("out", type=Path, nargs="+", help="shard folders; a pixel store is compared to the first")
     parser.add_argument("--fraction", default="100")
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="worker processes for --soak (2)")
     parser.add_argument("--scratch", type=Path, help="folder for copies; best in memory (/dev/shm where there is one)")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
     memory = Path("/dev/shm")
     base = options.scratch or (memory if memory.is_dir() else None)
     try:

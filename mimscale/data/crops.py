@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +11,13 @@ import torch
 from mimscale.data import augment, decode, draws
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.index import ShardIndex
+from mimscale.data.nvimgcodec import CropDecoder
 from mimscale.data.order import SampleOrder
 from mimscale.data.remote import FetchAhead
 from mimscale.data.store import PIXELS
 from mimscale.data.workers import batches
 
-
-class Batch(Protocol):
-    """What a stream gives: at least its step and the damage met on the way."""
-
-    step: int
-    skipped: list[tuple[str, str]]
+LIBJPEG_TURBO, NVIMGCODEC = "libjpeg-turbo", "nvimgcodec"
 
 
 def empty_images(count: int, size: int) -> torch.Tensor:
@@ -85,6 +81,8 @@ class CropStream:
         stop_step: int | None,
         shuffle: str,
         window: int,
+        decoder: str = LIBJPEG_TURBO,
+        device: str = "cpu",
     ):
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks")
@@ -96,6 +94,14 @@ class CropStream:
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.start_step, self.stop_step, self.workers = start_step, stop_step, workers
         self.crop_scale, self.crop_ratio, self.flip, self.interpolation = crop_scale, crop_ratio, flip, interpolation
+        if decoder not in (LIBJPEG_TURBO, NVIMGCODEC):
+            raise ValueError(f"decoder={decoder!r} must be {LIBJPEG_TURBO!r} or {NVIMGCODEC!r}")
+        if device != "cpu" and (decoder != NVIMGCODEC or workers):
+            raise ValueError(
+                f"device={device!r} goes with decoder={NVIMGCODEC!r} and workers=0: the rank itself decodes there"
+            )
+        self.decoder, self.device = decoder, device
+        self._on_device: CropDecoder | None = None
         self.max_damaged = max_damaged
         self.order = SampleOrder(index, fraction, seed, shuffle=shuffle, window=window)
 
@@ -118,9 +124,12 @@ class CropStream:
         samples = self.order.at(positions)
         numbers = draws.uniforms(self.seed, draws.CROP, positions, augment.DRAWS_PER_CROP)
         flips = draws.uniforms(self.seed, draws.FLIP, positions, 1)[:, 0] < self.flip
-        images = empty_images(len(positions), self.image_size)
+        images = empty_images(len(positions), self.image_size).to(self.device)
         skipped: list[tuple[str, str]] = []
+        done = self._decode_on_device(samples, numbers, flips, images) if self.decoder == NVIMGCODEC else set()
         for row in range(len(positions)):
+            if row in done:
+                continue
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)
             height, width, _ = pixels.shape
             top, left, h, w = augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio)
@@ -128,6 +137,31 @@ class CropStream:
             image = augment.resize(crop, (self.image_size, self.image_size), self.interpolation)
             images[row] = image.flip(-1) if flips[row] else image
         return images, samples, skipped
+
+    def _decode_on_device(
+        self, samples: np.ndarray, numbers: np.ndarray, flips: np.ndarray, images: torch.Tensor
+    ) -> set[int]:
+        """Fill the rows of ``images`` whose samples nvImageCodec decodes; returns these rows. The rest goes the usual way."""
+        if self._on_device is None:
+            self._on_device = CropDecoder(self.device)
+        rows, files, boxes = [], [], []
+        for row, sample in enumerate(samples.tolist()):
+            try:
+                data = self.index.read(sample)
+                height, width = decode.jpeg_size(data)
+            except (DamagedSample, ValueError):
+                continue
+            rows.append(row)
+            files.append(data)
+            boxes.append(augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio))
+        decoded = self._on_device.crops(files, boxes, self.image_size, self.interpolation)
+        for row, image in zip(rows, decoded, strict=True):
+            if image is not None:
+                images[row] = image.flip(-1) if flips[row] else image
+        return {row for row, image in zip(rows, decoded, strict=True) if image is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_on_device": None}
 
     def positions(self, step: int) -> np.ndarray:
         """Positions in the run of the rank's share of a step, int64."""

@@ -36,6 +36,20 @@ def _check_size(width: int, height: int) -> None:
         raise DamagedSample(f"its header asks for {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
 
 
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG that has RGB to give.
+
+    Raises:
+        DamagedSample: too large.
+        ValueError: not a JPEG, or one of other colours.
+    """
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height)
+    if colours in ("CMYK", "YCCK", "Gray"):
+        raise ValueError(colours)
+    return height, width
+
+
 def decode_jpeg_strictly(data: bytes | memoryview) -> np.ndarray:
     """A JPEG in which libjpeg-turbo finds nothing at all to complain of, as uint8 (height, width, 3).
 

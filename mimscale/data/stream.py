@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mimscale.data import draws
-from mimscale.data.crops import CropStream
+from mimscale.data.crops import LIBJPEG_TURBO, CropStream
 from mimscale.data.index import ShardIndex
 
 PATCH = 32
@@ -92,6 +92,8 @@ class MIMStream(CropStream):
         stop_step: end before this step.
         shuffle: "full" or "window", see :class:`SampleOrder`.
         window: shards that a window shuffle mixes.
+        decoder: "libjpeg-turbo", or "nvimgcodec" for a GPU's JPEG engine.
+        device: where nvimgcodec decodes and the images are to lie; other than "cpu" only with ``workers=0``.
 
     Raises:
         ValueError: a batch that does not divide, a rank outside the world, or a mask that does not fit.
@@ -120,6 +122,8 @@ class MIMStream(CropStream):
         stop_step: int | None = None,
         shuffle: str = "full",
         window: int = 16,
+        decoder: str = LIBJPEG_TURBO,
+        device: str = "cpu",
     ):
         super().__init__(
             index,
@@ -139,6 +143,8 @@ class MIMStream(CropStream):
             stop_step=stop_step,
             shuffle=shuffle,
             window=window,
+            decoder=decoder,
+            device=device,
         )
         self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
 
