@@ -42,7 +42,8 @@ def create_encoder(
             takes.
 
     Returns:
-        A ``SwinTransformerV2`` or ``VisionTransformer``, freshly initialised from torch's generator.
+        A ``SwinTransformerV2`` or ``VisionTransformer``, freshly initialised from torch's generator. Its ``made_from``
+        are the arguments that make it again.
 
     Raises:
         ValueError: an unknown name or override (the nearest is named), or sizes that do not divide (what fits is
@@ -63,4 +64,6 @@ def create_encoder(
     for key in settings:
         if key not in known:
             raise ValueError(f'"{name}" has no "{key}"; the nearest is "{_nearest(key, known)}"')
-    return kind(num_classes=num_classes, **settings)
+    encoder = kind(num_classes=num_classes, **settings)
+    encoder.made_from = {"name": name, "num_classes": num_classes, **settings}
+    return encoder
