@@ -8,6 +8,11 @@ from importlib import import_module
 # words -> (module with main(argv) -> exit status, how many of the words it wants to see itself, what it does)
 COMMANDS = {
     "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
+    "export": (
+        "mimscale.models.export",
+        0,
+        "write a run's weights for timm, transformers, the released code, or as safetensors",
+    ),
     "bench data": (
         "mimscale.data.bench",
         0,

@@ -116,6 +116,45 @@ def test_losses_and_every_gradient_equal_the_reference_with_drop_path(
             assert (parameter.grad - reference).norm() <= within * max(reference.norm(), 1e-3), name
 
 
+def test_200_steps_of_the_fast_and_the_plain_encoder_end_alike(tmp_path):
+    depths, heads, dim = (2, 2), (1, 2), 8
+    state = released_checkpoint(dim, depths, heads, 4, 32, seed=5, stride=8)
+    torch.save(state, tmp_path / "w.pth")
+    encoder = create_encoder(
+        "swinv2_s", img_size=32, window_size=4, embed_dim=dim, depths=depths, num_heads=heads, drop_path=0.2
+    )
+    fast = SimMIM(encoder, target_window=15)
+    load_released(fast, tmp_path / "w.pth")
+    plain = {name: state[name].float().requires_grad_() for name, _ in fast.named_parameters()}
+    images = torch.stack([photographs(16, 32)[i] for i in range(16)])
+    targets = normalised_target(images, 15).float()
+    rates = [0.2 * block / 3 for block in range(4) for _ in range(2)]
+
+    def plain_loss(pick, mask, keys):
+        weights = {name.removeprefix("encoder."): value for name, value in plain.items()}
+        factors = keep_scales(rates, len(pick), keys, torch.device("cpu"))[:, :, 0, 0].float()
+        features = swin_features(images[pick], mask, weights, depths, heads, 4, None, factors)
+        return simmim_loss(pixels(features, weights, stride=8), targets[pick], mask, "l2")
+
+    optimizers = [torch.optim.AdamW(p, lr=1e-3) for p in (list(fast.parameters()), list(plain.values()))]
+    losses = []
+    for step in range(200):
+        pick = torch.arange(4) + 4 * (step % 4)
+        mask, keys = random_mask(4, 4, 4, 10, seed=step), torch.arange(4) + 4 * step
+        pair = []
+        for optimizer, loss in zip(
+            optimizers, (fast(images[pick], mask, keys).loss, plain_loss(pick, mask, keys)), strict=True
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            pair.append(loss.item())
+        losses.append(pair)
+    ends = torch.tensor(losses)[-20:].mean(0)
+    assert ends[0] < 0.7 * losses[0][0]
+    assert ends[0].item() == pytest.approx(ends[1].item(), rel=1e-3)
+
+
 def test_a_branch_that_every_sample_drops_still_gives_every_parameter_a_gradient():
     torch.manual_seed(0)
     encoder = create_encoder(

@@ -227,7 +227,8 @@ class _Run:
 
     def _batches(self) -> Iterator[MIMBatch]:
         """This rank's share of every global batch to come, in page-locked memory if it goes to a GPU."""
-        data = self.recipe.data
+        data, device = self.recipe.data, self.ranks.device
+        decodes_here = data.decoder == "nvimgcodec"  # in the rank itself, which holds the device
         stream = MIMStream(
             self.index,
             fraction=data.fraction,
@@ -238,7 +239,7 @@ class _Run:
             world_size=self.ranks.world_size,
             start_step=self.step,
             stop_step=self.recipe.train.iterations,
-            workers=_workers(self.recipe, self.ranks),
+            workers=0 if decodes_here else _workers(self.recipe, self.ranks),
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
@@ -248,10 +249,12 @@ class _Run:
             max_damaged=data.max_damaged,
             shuffle=data.shuffle,
             window=data.shuffle_window,
+            decoder=data.decoder,
+            device=str(device) if decodes_here else "cpu",
         )
         try:
             for batch in stream:
-                yield batch.pin_memory() if self.ranks.device.type == "cuda" else batch
+                yield batch.pin_memory() if device.type == "cuda" and not decodes_here else batch
         except (ShardError, OSError) as error:
             raise OneRankError(str(error)) from error
 

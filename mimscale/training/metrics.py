@@ -30,6 +30,7 @@ GPU_PEAKS = {
     "RTX 3090": (71, 35.6),
 }
 LOG_SECONDS = 10.0
+BAR = "{n_fmt}/{total_fmt} {bar:12} {postfix} | {elapsed} < {remaining}"
 
 
 def flops_per_image(recipe: Recipe) -> int:
@@ -116,7 +117,7 @@ class Progress:
         self.last_line = 0.0
         self.bar = None
         if shown and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
 
     def step(self, step: int, text: str) -> None:
         """Say that ``step`` updates are done; ``text`` holds the figures to show."""

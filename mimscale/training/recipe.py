@@ -34,7 +34,7 @@ class Data(Section):
     """Where the images come from and how they are cropped (paper, section 3.4).
 
     ``shuffle: window`` keeps reads to ``shuffle_window`` shards at a time, for network storage. ``cache`` and ``cache_gib``
-    hold local copies of shards whose ``shards`` is an address.
+    hold local copies of shards whose ``shards`` is an address. ``decoder: nvimgcodec`` decodes on the GPU's JPEG engine.
     """
 
     shards: str | None = None
@@ -46,6 +46,7 @@ class Data(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    decoder: Literal["libjpeg-turbo", "nvimgcodec"] = "libjpeg-turbo"
     shuffle: Literal["full", "window"] = "full"
     shuffle_window: Positive = 16
     cache: str | None = None
