@@ -95,7 +95,12 @@ KEEP_ALL = Draw()
 
 
 def draw_branches(
-    rates: list[float], batch: int, draw_keys: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+    rates: list[float],
+    batch: int,
+    draw_keys: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    fixed_shapes: bool = False,
 ) -> list[Draw]:
     """Decide for every residual branch which samples it is computed for (see ``keep_scales``).
 
@@ -107,7 +112,7 @@ def draw_branches(
         A draw for each branch.
     """
     scales = keep_scales(rates, batch, draw_keys, device)
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu" or fixed_shapes:
         return [Draw(scale) for scale in scales.to(dtype).unbind(0)]
     draws = []
     for rate, row in zip(rates, (scales[:, :, 0, 0] > 0).tolist(), strict=True):

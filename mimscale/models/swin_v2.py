@@ -198,6 +198,7 @@ class SwinTransformerV2(nn.Module):
         depth = sum(depths)
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth) for _ in range(2)]
         self.drop_rates = rates if drop_path else None
+        self.compiled = False
         self._plans = PlanCache()
 
     # --- images to features ---------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class SwinTransformerV2(nn.Module):
             x = torch.where(plan.spread_mask(mask, images.shape), self._token(), x)
         draws = None
         if self.training and self.drop_rates:
-            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype)
+            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype, self.compiled)
         maps, done = [], 0
         for layer, stage in zip(self.layers, plan.stages, strict=True):
             drawn = None if draws is None else draws[2 * done : 2 * (done + len(layer.blocks))]
@@ -370,6 +371,7 @@ class SwinTransformerV2(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
+        self.compiled = True
         for block in self.blocks():
             block.compile(**options)
 

@@ -211,6 +211,7 @@ class VisionTransformer(nn.Module):
             self.reset_classifier(num_classes, global_pool)
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth) for _ in range(2)]
         self.drop_rates = rates if drop_path else None
+        self.compiled = False
 
     def forward(
         self,
@@ -248,7 +249,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat(((self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x), dim=1)
         draws = None
         if self.training and self.drop_rates:
-            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype)
+            draws = draw_branches(self.drop_rates, len(images), draw_keys, images.device, x.dtype, self.compiled)
         if output == "pyramid":
             maps = []
             for j in range(self.depth):
@@ -389,6 +390,7 @@ class VisionTransformer(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
+        self.compiled = True
         for block in self.blocks:
             block.compile(**options)
 
