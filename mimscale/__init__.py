@@ -1,3 +1,10 @@
 """mimscale: masked image modelling at scale, on DeepSpeed."""
 
 __version__ = "0.1.0"
+
+
+def load(path, **overrides):
+    """The encoder of a file that ``mimscale export RUN --to safetensors`` wrote; see :func:`mimscale.models.export.load`."""
+    from mimscale.models.export import load as load_encoder
+
+    return load_encoder(path, **overrides)

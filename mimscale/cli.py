@@ -9,7 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
     "export": (
-        "mimscale.models.export",
+        "mimscale.training.export",
         0,
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
@@ -19,11 +19,11 @@ COMMANDS = {
         "reading and decoding against ImageFolder, webdataset and the decoder's limit",
     ),
     "bench step": (
-        "mimscale.models.bench",
+        "mimscale.training.bench",
         1,
         "a training step against timm's SwinV2 and the machine's matrix products",
     ),
-    "bench memory": ("mimscale.models.bench", 1, "activation memory, bytes an image"),
+    "bench memory": ("mimscale.training.bench", 1, "activation memory, bytes an image"),
 }
 
 

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mimscale.mim import SimMIM
 from mimscale.models import attention_core, create_encoder, load_released
 from mimscale.models.attention_core import attend, attend_fused, attend_plainly
-from mimscale.models.bench import activation_bytes, main, plain_target
 from mimscale.models.drop_path import keep_scales
+from mimscale.training.bench import activation_bytes, main, plain_target
 
 HEADS = (1, 2, 2, 2)
 

@@ -3,11 +3,9 @@
 No step holds more than one tensor, except for ``--to released``, whose format (torch's) is written from a whole state.
 """
 
-import argparse
 import json
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,42 +280,3 @@ def usage(kind: str, output: Path, encoder: Any) -> str:
         settings |= {"window_size": encoder.window_size, "depths": encoder.depths, "num_heads": encoder.num_heads}
     given = ", ".join(f"{key}={value}" for key, value in settings.items())
     return f'model = timm.create_model("{name}", {given}, checkpoint_path="{output}")'
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``mimscale export``."""
-    parser = argparse.ArgumentParser(prog="mimscale export", description="Write a run's weights for other programs.")
-    parser.add_argument("run", type=Path, help="run folder of a pre-training")
-    parser.add_argument("--to", required=True, choices=KINDS)
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
-    arguments = parser.parse_args(argv)
-    # Only here does the export know of runs: weights themselves need nothing of the training.
-    from mimscale.training.checkpoint import Checkpoint, saved_steps, step_name
-    from mimscale.training.objective import build_objective
-    from mimscale.training.recipe import resolve
-
-    try:
-        steps = saved_steps(arguments.run)
-        step = arguments.step if arguments.step is not None else (steps[-1] if steps else None)
-        if step not in steps or step is None:
-            there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-            raise ExportError(f"{arguments.run} has no checkpoint{'' if step is None else f' of step {step}'}; {there}")
-        checkpoint = Checkpoint.open(arguments.run / "checkpoints" / step_name(step))
-        problems = [problem for file in checkpoint.manifest["files"] if (problem := checkpoint.damage(file))]
-        if problems:
-            raise ExportError(f"{'; '.join(problems)}; choose another with --step")
-        with torch.device("meta"):
-            objective = build_objective(resolve(checkpoint.manifest["recipe"], str(checkpoint.path)))
-        checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
-        endings = {"released": ".pth", "huggingface": ""}
-        name = f"{objective.model.encoder.made_from['name']}_{step_name(step)}_{arguments.to}"
-        output = arguments.output or arguments.run / "export" / f"{name}{endings.get(arguments.to, '.safetensors')}"
-        written = export_weights(objective.model, arguments.to, output, lambda name: checkpoint.tensor(f"model.{name}"))
-    except (ValueError, OSError) as error:
-        print(f"mimscale export: {error}", file=sys.stderr)
-        return 1
-    for path in written:
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(usage(arguments.to, output, objective.model.encoder))
-    return 0

@@ -312,6 +312,22 @@ def check(path: Path) -> tuple[Checkpoint | None, list[str]]:
     return (None if found else checkpoint), found
 
 
+def open_newest(run: Path, step: int | None = None) -> Checkpoint:
+    """A run's checkpoint, checked whole, for one process to read: that of ``step``, or the newest.
+
+    Raises:
+        CheckpointError: there is none (the steps there are get listed), or it is damaged.
+    """
+    steps = saved_steps(run)
+    if not steps or (step is not None and step not in steps):
+        there = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none"
+        raise CheckpointError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+    checkpoint = Checkpoint.open(run / "checkpoints" / step_name(steps[-1] if step is None else step))
+    if problems := [problem for file in checkpoint.manifest["files"] if (problem := checkpoint.damage(file))]:
+        raise CheckpointError(f"{'; '.join(problems[:5])}; choose another with --step")
+    return checkpoint
+
+
 def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint of a run, and what was wrong with newer ones. Collective.
 

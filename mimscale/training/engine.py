@@ -207,7 +207,7 @@ class Engine:
         }
         if offloads_optimizer(config):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from mimscale.data import ShardError, ShardIndex, ValidationStream
-from mimscale.training.checkpoint import Checkpoint, CheckpointError, saved_steps, step_name
+from mimscale.training.checkpoint import CheckpointError, open_newest
 from mimscale.training.objective import Objective, build_objective
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
 from mimscale.training.recipe import Recipe, RecipeError, resolve
@@ -29,22 +29,14 @@ def load_run(run: Path, step: int | None = None) -> tuple[Recipe, Objective, int
         CheckpointError: there is none, or it is damaged.
         RecipeError: its recipe does not build.
     """
-    steps = saved_steps(run)
-    if not steps or (step is not None and step not in steps):
-        there = f"it has steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
-        raise CheckpointError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; {there}")
-    chosen = steps[-1] if step is None else step
-    checkpoint = Checkpoint.open(run / "checkpoints" / step_name(chosen))
-    for file in checkpoint.manifest["files"]:
-        if problem := checkpoint.damage(file):
-            raise CheckpointError(f"{problem}; choose another with --step")
+    checkpoint = open_newest(run, step)
     recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
     objective = build_objective(recipe)
     checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(checkpoint.tensor(name))
-    return recipe, objective.eval(), chosen
+    return recipe, objective.eval(), checkpoint.step
 
 
 def read_images(paths: list[Path], size: int) -> Tensor:
