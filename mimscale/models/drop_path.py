@@ -117,6 +117,8 @@ def draw_branches(
     draws = []
     for rate, row in zip(rates, (scales[:, :, 0, 0] > 0).tolist(), strict=True):
         kept = [sample for sample, keep in enumerate(row) if keep]
-        rows = None if len(kept) == batch else torch.tensor(kept or [0])
+        # Also where all samples are kept: with checkpointing under ZeRO-3 the order in which parameters are gathered again
+        # follows the graph, which therefore has to look the same on every rank.
+        rows = None if rate == 0 else torch.tensor(kept or [0])
         draws.append(Draw(1.0 / (1.0 - rate) if kept else 0.0, rows))
     return draws
