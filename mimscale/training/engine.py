@@ -314,10 +314,26 @@ class Engine:
                     self.engine.optimizer.state[parameter][kind].copy_(restore(f"{kind}/{name}"))
                 continue
             # In bf16 the weights set before were rounded; the fp32 master is set to the digit.
-            deepspeed.utils.safe_set_full_fp32_param(parameter, self._to_device(restore(name)))
+            self._set(parameter, restore(name), None)
             for kind in MOMENTS:
-                value = self._to_device(restore(f"{kind}/{name}"))
-                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
+                self._set(parameter, restore(f"{kind}/{name}"), kind)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, kind: str | None) -> None:
+        """Set this rank's part of an fp32 master (``kind`` None) or moment from the whole."""
+        value = self._to_device(value)
+        if self.stage == 3:
+            # DeepSpeed's own way from the whole to the part fails where the last part is padded.
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            padded = torch.nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
+            part = padded[size * self.ranks.rank :][:size]
+            if kind is None:
+                deepspeed.utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind is None:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def _prime_moments(self, steps: int) -> None:
         """Create AdamW's state, which torch makes only at the first step, so that it can be read and set at any time.
