@@ -6,7 +6,7 @@ import sys
 import torch.distributed as dist
 
 from mimscale.training.engine import start_ranks, stop_ranks
-from mimscale.training.loop import pretrain
+from mimscale.training.pretraining import pretrain
 from mimscale.training.recipe import load_recipe
 
 start_ranks()

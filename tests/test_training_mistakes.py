@@ -13,7 +13,7 @@ from mimscale.data import ShardError, ShardIndex
 from mimscale.training.checkpoint import CheckpointError, saved_steps
 from mimscale.training.ds_config import DeepSpeedConfigError
 from mimscale.training.engine import OneRankError, TrainingError
-from mimscale.training.loop import pretrain
+from mimscale.training.pretraining import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 
 SHORT = [*TINY, "train.iterations=8", "train.checkpoint_every=4", "train.validate_every=100"]

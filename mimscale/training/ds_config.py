@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimscale.training.recipe import Recipe
+from mimscale.training.recipe import RunRecipe
 
 
 class DeepSpeedConfigError(ValueError):
@@ -160,7 +160,7 @@ def _agree(config: dict, key: str, recipe_key: str, value: Any, shown: str | Non
         )
 
 
-def reconcile(config: dict[str, Any], recipe: Recipe, split: BatchSplit, on_gpu: bool) -> dict[str, Any]:
+def reconcile(config: dict[str, Any], recipe: RunRecipe, split: BatchSplit, on_gpu: bool) -> dict[str, Any]:
     """The configuration as DeepSpeed gets it, every ``"auto"`` that the recipe decides filled in.
 
     Raises:

@@ -30,7 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
-from mimscale.training.recipe import Recipe
+from mimscale.training.recipe import RunRecipe
 
 # DeepSpeed calls collectives by their former names; torch would say so several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
@@ -139,26 +139,29 @@ class Engine:
     """One model under DeepSpeed.
 
     Args:
-        build: makes the module; called where its parameters shall live (partitioned from the start under ZeRO-3).
-        groups: parameter groups of the built module.
+        build: makes the module; called where its parameters shall live (partitioned from the start under ZeRO-3). Its
+            ``encoder`` is what gets checkpointed and compiled.
+        groups: parameter groups of the built module; a group's ``lr_scale`` multiplies the step's learning rate.
         recipe: seed, optimizer settings, activation checkpointing.
         config: the reconciled DeepSpeed configuration.
         ranks: from :func:`start_ranks`.
         restore: ``name -> fp32 tensor`` of a saved state (see :meth:`full_state`), or ``None`` to start afresh.
         restored_steps: updates that state has behind it.
         check: called with the whole shape of every parameter before anything is restored; raises if they do not fit.
+        start: weights to begin with by name, ``None`` where the initial ones stay; not used with ``restore``.
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
         groups: Callable[[nn.Module], list[dict[str, Any]]],
-        recipe: Recipe,
+        recipe: RunRecipe,
         config: dict[str, Any],
         ranks: Ranks,
         restore: Callable[[str], Tensor] | None = None,
         restored_steps: int = 0,
         check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
+        start: Callable[[str], Tensor | None] | None = None,
     ):
         self.ranks = ranks
         self.stage = zero_stage(config)
@@ -173,9 +176,9 @@ class Engine:
             check(_whole_shapes(module))
         self._checkpoint_activations(module, recipe, config)
         if recipe.train.compile:
-            module.model.encoder.compile_blocks()  # type: ignore[union-attr, operator]
-        if restore is not None:
-            self._load_weights(module, restore)
+            module.encoder.compile_blocks()  # type: ignore[union-attr, operator]
+        if restore is not None or start is not None:
+            self._load_weights(module, restore or start)  # type: ignore[arg-type]
         optimizer = self._optimizer(groups(module), recipe, config)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -186,20 +189,22 @@ class Engine:
         if restore is not None:
             self._load_optimizer(restore)
 
-    def _checkpoint_activations(self, module: nn.Module, recipe: Recipe, config: dict[str, Any]) -> None:
+    def _checkpoint_activations(self, module: nn.Module, recipe: RunRecipe, config: dict[str, Any]) -> None:
         if "activation_checkpointing" in config:
             block = dict(config["activation_checkpointing"])
             if self.ranks.device.type == "cpu":
                 # They are in host memory already; DeepSpeed would empty the only copy.
                 block["cpu_checkpointing"] = False
             deepspeed.checkpointing.configure(None, deepspeed_config={**config, "activation_checkpointing": block})
-            module.model.encoder.set_grad_checkpointing(  # type: ignore[union-attr, operator]
+            module.encoder.set_grad_checkpointing(  # type: ignore[union-attr, operator]
                 True, checkpoint_fn=deepspeed.checkpointing.checkpoint
             )
         elif recipe.train.activation_checkpointing:
-            module.model.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
+            module.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
 
-    def _optimizer(self, groups: list[dict[str, Any]], recipe: Recipe, config: dict[str, Any]) -> torch.optim.Optimizer:
+    def _optimizer(
+        self, groups: list[dict[str, Any]], recipe: RunRecipe, config: dict[str, Any]
+    ) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {
             "lr": recipe.learning_rate,
             "betas": recipe.optimizer.betas,
@@ -223,7 +228,7 @@ class Engine:
         """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         grad_norm = None
         for index in range(self.accumulation):
@@ -297,15 +302,17 @@ class Engine:
             return deepspeed.utils.safe_get_full_fp32_param(parameter)
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
 
-    def _load_weights(self, module: nn.Module, restore: Callable[[str], Tensor]) -> None:
+    def _load_weights(self, module: nn.Module, weights: Callable[[str], Tensor | None]) -> None:
         """Set the weights before DeepSpeed makes its copies of them, so that all copies follow."""
         for name, parameter in module.named_parameters():
-            if self.stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if self.ranks.is_first:
-                        parameter.data.copy_(restore(name))
-            else:
-                parameter.data.copy_(restore(name))
+            whole = (
+                deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+                if self.stage == 3
+                else contextlib.nullcontext()
+            )
+            with whole:
+                if (self.stage != 3 or self.ranks.is_first) and (value := weights(name)) is not None:
+                    parameter.data.copy_(value)
 
     def _load_optimizer(self, restore: Callable[[str], Tensor]) -> None:
         for name, parameter in self.names.items():

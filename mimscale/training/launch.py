@@ -1,4 +1,4 @@
-"""The command line of the pre-training launcher: arguments in, one clear message out when they do not fit."""
+"""The command line of the launchers: arguments in, one clear message out when they do not fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 import os
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from mimscale.training.recipe import RunRecipe
 
 # Other ranks wait this long before they follow the first one out: the launcher ends all processes when one goes, and the
 # first must have said why.
@@ -33,11 +37,9 @@ def fail(error: Exception, everywhere: bool) -> NoReturn:
     os._exit(1)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py", description="Pre-train an encoder by masked image modelling.", allow_abbrev=False
-    )
+def arguments(program: str, purpose: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a launcher's command line."""
+    parser = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed configuration (JSON)")
     parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe (YAML)")
     parser.add_argument("--output", required=True, metavar="RUN", help="run folder; one that exists is resumed")
@@ -47,27 +49,35 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the launcher."""
+def launch(
+    args: argparse.Namespace,
+    schema: Callable[[], type[RunRecipe]],
+    trainer: Callable[[], Callable[[Any, dict[str, Any], str], Any]],
+) -> NoReturn:
+    """Check the arguments, then train.
+
+    Args:
+        args: from :func:`arguments`.
+        schema: gives the kind of recipe.
+        trainer: gives ``train(recipe, ds_config, output)``; called once the arguments are known to be good, since what it
+            imports takes seconds.
+    """
     from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
     from mimscale.training.recipe import RecipeError, load_recipe
 
-    args = arguments(argv)
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, args.overrides, schema())
         ds_config = read_ds_config(args.deepspeed_config)
         zero_stage(ds_config)
     except (RecipeError, DeepSpeedConfigError) as error:
         fail(error, everywhere=True)
 
-    # Only now what takes seconds to import.
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
     from mimscale.training.engine import OneRankError, TrainingError
-    from mimscale.training.loop import pretrain
 
     try:
-        pretrain(recipe, ds_config, args.output)
+        trainer()(recipe, ds_config, args.output)
     except (RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError) as error:
         fail(error, everywhere=True)
     except (OneRankError, OSError) as error:
@@ -75,3 +85,19 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         fail(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True)  # type: ignore
     sys.exit(0)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """The pre-training launcher."""
+
+    def schema() -> type[RunRecipe]:
+        from mimscale.training.recipe import Recipe
+
+        return Recipe
+
+    def trainer() -> Callable[[Any, dict[str, Any], str], Any]:
+        from mimscale.training.pretraining import pretrain
+
+        return pretrain
+
+    launch(arguments("pretrain.py", "Pre-train an encoder by masked image modelling.", argv), schema, trainer)

@@ -1,11 +1,10 @@
-"""Pre-training: from a recipe and a DeepSpeed configuration to a run folder."""
+"""The training loop: from a task and a DeepSpeed configuration to a run folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,34 +13,28 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.data import MIMBatch, MIMStream, ShardError, ShardIndex
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
-from mimscale.training.engine import Engine, OneRankError, Ranks, StepResult, TrainingError, start_ranks, stop_ranks
-from mimscale.training.memory import largest_micro_batch
-from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration, flops_per_image
-from mimscale.training.objective import build_objective
-from mimscale.training.param_groups import decay_groups
-from mimscale.training.pictures import loss_curves, reconstruction_sheet, save_png
-from mimscale.training.recipe import Recipe, RecipeError
-from mimscale.training.run_folder import (
-    RunFolder,
-    check_branch,
-    check_data,
-    check_resumable,
-    write_beside,
-)
+from mimscale.training.engine import Engine, Ranks, StepResult, TrainingError, start_ranks, stop_ranks
+from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration
+from mimscale.training.pictures import save_png
+from mimscale.training.run_folder import RunFolder, check_branch, check_resumable, write_beside
 from mimscale.training.schedule import learning_rate
-from mimscale.training.validation import Validation, validate
+from mimscale.training.task import Task
 
 T = TypeVar("T")
 
 
-def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
+def run(task: Callable[[], Task], ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
     """Train until ``train.iterations``, going on from the newest whole checkpoint of ``output`` if it has one.
 
     Every rank calls it; a process group that is there already is used and left as it is.
+
+    Args:
+        task: makes the task, once the ranks have met.
+        ds_config: the DeepSpeed configuration, as read.
+        output: the run folder.
 
     Returns:
         The run's result, as in ``result.json``.
@@ -54,13 +47,13 @@ def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> d
     started = not dist.is_initialized()
     ranks = start_ranks()
     try:
-        run = _Run.prepare(recipe, ds_config, RunFolder(output), ranks)
-        done = run.folder.finished() if run.step == recipe.train.iterations else None
+        this = _Run.prepare(task(), ds_config, RunFolder(output), ranks)
+        done = this.folder.finished() if this.step == this.task.recipe.train.iterations else None
         if _from_first(done is not None):
-            run.progress.say(f"{output} is finished; its result is in {run.folder.result}")
+            this.progress.say(f"{output} is finished; its result is in {this.folder.result}")
             return done or {}
-        run.train()
-        return run.finish()
+        this.train()
+        return this.finish()
     finally:
         if started:
             stop_ranks()
@@ -85,22 +78,13 @@ def _first_only(ranks: Ranks, action: Callable[[], None]) -> None:
         raise failure
 
 
-def _workers(recipe: Recipe, ranks: Ranks) -> int:
-    """Data workers of a rank: on ``auto``, the cores that the rank itself leaves free, at most 8."""
-    if recipe.data.workers != "auto":
-        return recipe.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // ranks.local_world_size - 1))
-
-
 @dataclass
 class _Run:
     """One start of a run."""
 
-    recipe: Recipe
+    task: Task
     ranks: Ranks
     folder: RunFolder
-    index: ShardIndex
     split: BatchSplit
     engine: Engine
     progress: Progress
@@ -108,22 +92,16 @@ class _Run:
     board: SummaryWriter | None
     step: int
     peak_flops: float
-    image_flops: int
     started: float = field(default_factory=time.time)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, recipe: Recipe, ds_config: dict[str, Any], folder: RunFolder, ranks: Ranks) -> _Run:
+    def prepare(cls, task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ranks) -> _Run:
         """Check everything that can be checked, find where to go on, and build the engine there."""
-        if recipe.data.shards is None:
-            raise RecipeError("data.shards is not set: give data.shards=OUT, a folder made by shards/build.py")
-        cache = {"cache": Path(recipe.data.cache)} if recipe.data.cache else {}
-        size = {"cache_bytes": int(recipe.data.cache_gib * 2**30)} if recipe.data.cache_gib else {}
-        index = ShardIndex.load(recipe.data.shards, **cache, **size)  # type: ignore[arg-type]
-        MIMStream(index, fraction=recipe.data.fraction)  # an unknown fraction is an error here, not after minutes
+        recipe = task.recipe
         micro_bound = None
         if ds_config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
-            micro_bound = _from_first(largest_micro_batch(recipe, ds_config, ranks))
+            micro_bound = _from_first(task.largest_micro_batch(ds_config, ranks))
         split = split_batch(ds_config, recipe.train.global_batch, ranks.world_size, micro_bound)
         config = reconcile(ds_config, recipe, split, ranks.device.type == "cuda")
 
@@ -143,7 +121,7 @@ class _Run:
         # Checked before anything is written, so that a mistake leaves the folder as it was.
         _first_only(ranks, lambda: check_resumable(folder, recipe, step))
         if source is not None:
-            check_data(source, index.content.build, recipe.data.shards)
+            task.check_data(source)
             if not resumed:
                 check_branch(source, recipe)
 
@@ -151,14 +129,15 @@ class _Run:
         for problem in problems:
             progress.say(f"damaged checkpoint: {problem}; going on from the one before it")
         engine = Engine(
-            build=lambda: build_objective(recipe),
-            groups=lambda module: decay_groups(module, recipe),
+            build=task.build,
+            groups=task.groups,
             recipe=recipe,
             config=config,
             ranks=ranks,
             restore=source.tensor if source else None,
             restored_steps=step,
             check=source.check_shapes if source else None,
+            start=None if source else task.starting_weights(),
         )
         log = MetricsLog(folder.metrics)
 
@@ -168,11 +147,10 @@ class _Run:
 
         _first_only(ranks, begin)
         board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1) if ranks.is_first else None
-        run = cls(
-            recipe=recipe,
+        this = cls(
+            task=task,
             ranks=ranks,
             folder=folder,
-            index=index,
             split=split,
             engine=engine,
             progress=progress,
@@ -180,19 +158,16 @@ class _Run:
             board=board,
             step=step,
             peak_flops=device_peak(ranks.device, config["bf16"]["enabled"]) * ranks.world_size,
-            image_flops=flops_per_image(recipe),
         )
-        run._announce(source, config)
-        return run
+        this._announce(source, config)
+        return this
 
     def _announce(self, source: Checkpoint | None, config: dict[str, Any]) -> None:
         count = sum(torch.Size(shape).numel() for shape in self.engine.shapes().values())
         self.progress.say(
-            f"{self.recipe.model.name} with {self.recipe.mim.objective}: {count / 1e6:.2f} M parameters, "
-            f"{self.image_flops / 3e9:.2f} GFLOPs an image forward; {len(self.index.samples(self.recipe.data.fraction))} images "
-            f"({self.recipe.data.fraction}); {self.ranks.world_size} x {self.ranks.device.type}, ZeRO stage "
-            f"{self.engine.stage}, {'bf16' if config['bf16']['enabled'] else 'fp32'}, batch "
-            f"{self.recipe.train.global_batch} = {self.ranks.world_size} ranks x {self.split.micro} x "
+            f"{self.task.describe()}; {count / 1e6:.2f} M parameters; {self.ranks.world_size} x {self.ranks.device.type}, "
+            f"ZeRO stage {self.engine.stage}, {'bf16' if config['bf16']['enabled'] else 'fp32'}, batch "
+            f"{self.split.local * self.ranks.world_size} = {self.ranks.world_size} ranks x {self.split.micro} x "
             f"{self.split.accumulation} accumulated"
         )
         if source is not None:
@@ -202,13 +177,13 @@ class _Run:
 
     def train(self) -> None:
         """Steps up to ``train.iterations``, with validation and checkpoints on the way."""
-        train = self.recipe.train
+        recipe, train = self.task.recipe, self.task.recipe.train
         clock, images = time.monotonic(), 0
-        for batch in self._batches():
-            lr = learning_rate(self.recipe.schedule, self.recipe.learning_rate, train.iterations, self.step)
+        for batch in self.task.batches(self.step, self.ranks):
+            lr = learning_rate(recipe.schedule, recipe.learning_rate, train.iterations, self.step)
             self._note_skipped(batch.skipped)
             try:
-                result = self.engine.train_step((batch.images, batch.mask, batch.draw_keys), lr)
+                result = self.engine.train_step(batch.tensors, lr)
             except TrainingError as error:
                 raise self._diverged(error, batch.keys) from None
             self.step += 1
@@ -225,43 +200,10 @@ class _Run:
                 self.save()
                 clock = time.monotonic()
 
-    def _batches(self) -> Iterator[MIMBatch]:
-        """This rank's share of every global batch to come, in page-locked memory if it goes to a GPU."""
-        data, device = self.recipe.data, self.ranks.device
-        decodes_here = data.decoder == "nvimgcodec"  # in the rank itself, which holds the device
-        stream = MIMStream(
-            self.index,
-            fraction=data.fraction,
-            seed=self.recipe.train.seed,
-            image_size=data.image_size,
-            global_batch=self.recipe.train.global_batch,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            start_step=self.step,
-            stop_step=self.recipe.train.iterations,
-            workers=0 if decodes_here else _workers(self.recipe, self.ranks),
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            interpolation=data.interpolation,
-            mask_grid=self.recipe.mask_grid,
-            hidden=self.recipe.hidden,
-            max_damaged=data.max_damaged,
-            shuffle=data.shuffle,
-            window=data.shuffle_window,
-            decoder=data.decoder,
-            device=str(device) if decodes_here else "cpu",
-        )
-        try:
-            for batch in stream:
-                yield batch.pin_memory() if device.type == "cuda" and not decodes_here else batch
-        except (ShardError, OSError) as error:
-            raise OneRankError(str(error)) from error
-
     def _log(self, result: StepResult, lr: float, rate: float) -> None:
         if not self.ranks.is_first:
             return
-        mfu = rate * self.image_flops / self.peak_flops
+        mfu = rate * self.task.flops_per_image / self.peak_flops
         record = {
             "step": self.step,
             "loss": result.loss,
@@ -281,7 +223,7 @@ class _Run:
         if self.board is not None:
             for key, value in values.items():
                 self.board.add_scalar(("validation/" if key.startswith("val_") else "train/") + key, value, self.step)
-        samples = self.step * self.recipe.train.global_batch
+        samples = self.step * self.task.recipe.train.global_batch
         self.engine.write_events([(f"mimscale/{key}", value, samples) for key, value in values.items()])
 
     def _note_skipped(self, skipped: list[tuple[str, str]]) -> None:
@@ -301,44 +243,27 @@ class _Run:
             f"... A lower optimizer.lr, a longer schedule.warmup or a smaller optimizer.clip usually help"
         )
 
-    def _validate(self) -> Validation | None:
-        found = validate(self.engine, self.recipe, self.index)
+    def _validate(self) -> None:
+        found = self.task.validate(self.engine, self.step)
         if found is None or not self.ranks.is_first:
-            return found
-        assert self.recipe.mim.loss is not None
-        record = found.record(self.step, self.recipe.mim.loss)
-        self.log.append(record)
-        self._scalars({key: value for key, value in record.items() if key != "step"})
-        self.progress.say(
-            f"step {self.step}: validation loss {record['val_loss']:.4f} (l1 {found.l1:.4f}, l2 {found.l2:.4f}; "
-            f"predicting the local mean {record['val_baseline']:.4f}) on {found.images} images"
-        )
-        if found.samples is not None:
-            sheet = reconstruction_sheet(*found.samples)
-            path = self.folder.reconstructions / f"{checkpoints.step_name(self.step)}.png"
-            save_png(sheet, path)
+            return
+        self.log.append({"step": self.step, **found.record})
+        self._scalars(found.record)
+        self.progress.say(f"step {self.step}: {found.text}")
+        for name, picture in found.pictures.items():
+            save_png(picture, self.folder.path / name / f"{checkpoints.step_name(self.step)}.png")
             if self.board is not None:
                 from torchvision.transforms.functional import pil_to_tensor
 
-                self.board.add_image("reconstructions", pil_to_tensor(sheet), self.step)
-        return found
+                self.board.add_image(name, pil_to_tensor(picture), self.step)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint of the current step, and remove the oldest ones."""
-        images = self.step * self.recipe.train.global_batch
-        epoch, position = divmod(images, len(self.index.samples(self.recipe.data.fraction)))
         about = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "data": {
-                "build": self.index.content.build,
-                "fraction": self.recipe.data.fraction,
-                "seed": self.recipe.train.seed,
-                "images_seen": images,
-                "epoch": epoch,
-                "position": position,
-            },
+            "recipe": self.task.recipe.model_dump(mode="json"),
+            "data": self.task.data_state(self.step),
             "trained_with": {
                 "ranks": self.ranks.world_size,
                 "zero_stage": self.engine.stage,
@@ -347,7 +272,7 @@ class _Run:
             "versions": checkpoints.versions(),
         }
         checkpoints.save(self.folder.path, self.step, self.engine.shapes(), self.engine.full_state, about)
-        train = self.recipe.train
+        train = self.task.recipe.train
         _first_only(
             self.ranks, lambda: checkpoints.rotate(self.folder.path, train.keep_checkpoints, train.pinned_steps)
         )
@@ -360,14 +285,13 @@ class _Run:
         if self.ranks.is_first:
             records = self.log.read()
             training = [r for r in records if "loss" in r]
-            validations = [r for r in records if "val_loss" in r]
             tail = training[-max(1, len(training) // 20) :]
             result = {
                 "steps": self.step,
                 "parameters": sum(torch.Size(shape).numel() for shape in self.engine.shapes().values()),
                 "final_loss": training[-1]["loss"] if training else None,
                 "train_loss": sum(r["loss"] for r in tail) / len(tail) if tail else None,
-                "validation": validations[-1] if validations else None,
+                **self.task.result(records),
                 "images_per_s": sorted(r["images_per_s"] for r in training)[len(training) // 2] if training else None,
                 "skipped": {key: reason for part in skipped for key, reason in part.items()},
                 "seconds": time.time() - self.started,
@@ -376,7 +300,7 @@ class _Run:
                 "checkpoint": f"checkpoints/{checkpoints.step_name(self.step)}",
                 "versions": checkpoints.versions(),
             }
-            loss_curves(records, self.folder.curves, validations[-1]["val_baseline"] if validations else None)
+            self.task.draw_curves(records, self.folder.curves)
             write_beside(self.folder.result, json.dumps(result, indent=2) + "\n")
             if self.board is not None:
                 self.board.close()
@@ -387,9 +311,8 @@ class _Run:
 
     def _point_out(self, result: dict[str, Any]) -> None:
         self.progress.say(f"done: {self.step} steps in {duration(result['seconds'])}. To look at:")
-        pictures = sorted(self.folder.reconstructions.glob("*.png"))
-        if pictures:
-            self.progress.say(f"  {pictures[-1]}  (original, seen, filled in)")
-        self.progress.say(f"  {self.folder.curves}  (training and validation loss)")
+        for folder in sorted({picture.parent for picture in self.folder.path.glob("*/step_*.png")}):
+            self.progress.say(f"  {max(folder.glob('step_*.png'))}")
+        self.progress.say(f"  {self.folder.curves}  (training and validation)")
         self.progress.say(f"  tensorboard --logdir {self.folder.tensorboard}")
         self.progress.say(f"  {self.folder.path / result['checkpoint']}  (weights and optimizer state)")

@@ -24,6 +24,11 @@ class Objective(nn.Module):
         # Plain numbers, not a buffer: DeepSpeed casts floating buffers to bf16, which holds only 8 bits of them.
         self.mean, self.std = mean, std
 
+    @property
+    def encoder(self) -> nn.Module:
+        """What is checkpointed and compiled."""
+        return self.model.encoder
+
     def normalise(self, images: Tensor) -> Tensor:
         """8-bit images (B, 3, H, W) as fp32 with the recipe's mean and deviation taken out."""
         channels = images.float().unbind(1)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from mimscale.mim.masking import hidden_patches
 
@@ -22,6 +23,30 @@ class RecipeError(ValueError):
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))]
+
+
+# Keys that may differ between two starts of one run: they change what is written, never a loss.
+FREE_KEYS = frozenset(
+    {
+        "data.shards",
+        "data.workers",
+        "data.cache",
+        "data.cache_gib",
+        "data.max_damaged",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.pinned_steps",
+        "train.validate_every",
+        "train.validate_batch",
+        "train.log_every",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.reconstructions",
+        "train.branch_from",
+    }
+)
+# A branch shares its trunk's past, so besides those only the length (and with it the step down) may differ.
+BRANCH_KEYS = frozenset({"train.iterations", "data.validation_images"})
 
 
 class Section(BaseModel):
@@ -127,16 +152,33 @@ class Train(Section):
     reconstructions: Annotated[int, Field(ge=0)] = 8
 
 
-class Recipe(Section):
-    """A whole recipe. ``fidelity`` settles where the paper and its released code differ."""
+class RunRecipe(Section):
+    """What the recipe of every task holds, whatever is trained."""
+
+    # Keys that may differ between two starts of one run: they change what is written, never a loss.
+    free_keys: ClassVar[frozenset[str]] = FREE_KEYS
+
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate at this run's global batch."""
+        return self.optimizer.lr * self.train.global_batch / self.optimizer.lr_batch
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+
+class Recipe(RunRecipe):
+    """A pre-training recipe. ``fidelity`` settles where the paper and its released code differ."""
 
     fidelity: Literal["paper", "released"] = "paper"
     data: Data = Data()
     model: Model
     mim: MIM = MIM()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    train: Train = Train()
 
     @model_validator(mode="before")
     @classmethod
@@ -150,11 +192,6 @@ class Recipe(Section):
                 mim["mask_ratio"] = 0.6 if simmim else 0.75
             values = {**values, "mim": mim}
         return values
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate at this run's global batch."""
-        return self.optimizer.lr * self.train.global_batch / self.optimizer.lr_batch
 
     @property
     def mask_patch(self) -> int:
@@ -173,9 +210,19 @@ class Recipe(Section):
         """Mask patches hidden in each image: ceil(ratio * L) for SimMIM, L - int(L * (1 - ratio)) for MAE."""
         return hidden_patches(self.mim.objective, self.mask_grid**2, self.mim.mask_ratio)
 
-    def to_yaml(self) -> str:
-        """The resolved recipe, every key written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+    @model_validator(mode="after")
+    def _mask_patches_fit(self) -> Recipe:
+        size, patch = self.data.image_size, self.mask_patch
+        if size % patch:
+            raise PydanticCustomError(
+                "image_size",
+                "data.image_size={size} is not a multiple of the {patch}-pixel mask patch of {name}; {fits} would fit",
+                {"size": size, "patch": patch, "name": self.model.name, "fits": size // patch * patch or patch},
+            )
+        return self
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
 def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -188,9 +235,9 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
     return keys
 
 
-def nearest_key(key: str) -> str | None:
+def nearest_key(key: str, schema: type[BaseModel] = Recipe) -> str | None:
     """The key that ``key`` was most likely meant to be: the same last part elsewhere, else the closest spelling."""
-    keys = known_keys()
+    keys = known_keys(schema)
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
     if same_leaf:
@@ -239,7 +286,7 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict, override: str, schema: type[BaseModel] = Recipe) -> None:
     """Set one ``section.key=value`` in nested ``values``; the value is read as YAML.
 
     Raises:
@@ -248,8 +295,8 @@ def apply_override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"'{override}' is not key=value, for example train.iterations=1000")
-    if key not in known_keys():
-        raise RecipeError(_unknown(key, "the command line"))
+    if key not in known_keys(schema):
+        raise RecipeError(_unknown(key, "the command line", schema))
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader) if text else None
     except yaml.YAMLError as error:
@@ -262,39 +309,46 @@ def apply_override(values: dict, override: str) -> None:
     values[leaf] = value
 
 
-def _unknown(key: str, where: str) -> str:
-    near = nearest_key(key)
+def _unknown(key: str, where: str, schema: type[BaseModel]) -> str:
+    near = nearest_key(key, schema)
     return f"unknown key '{key}' in {where}" + (f"; did you mean '{near}'?" if near else "; the README lists the keys")
 
 
-def resolve(values: dict, where: str) -> Recipe:
+def resolve(values: dict, where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
     """Check nested ``values`` against the schema.
 
     Args:
         values: sections and their keys.
         where: what to call the source in errors, for example the file's name.
+        schema: the kind of recipe.
 
     Raises:
         RecipeError: an unknown or misplaced key, or a value of the wrong kind; all problems are listed.
     """
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         problems = []
         for item in error.errors():
             # A union's branches appear in the location as class names; only the recipe's own keys are shown.
             parts = [str(part) for part in item["loc"]]
-            key = ".".join(parts[: 2 if parts[0] in Recipe.model_fields and len(parts) > 1 else 1])
+            key = ".".join(parts[: 2 if parts and parts[0] in schema.model_fields and len(parts) > 1 else 1])
             if item["type"] == "extra_forbidden":
-                problems.append(_unknown(".".join(parts), where))
+                problems.append(_unknown(".".join(parts), where, schema))
             elif item["type"] == "missing":
                 problems.append(f"{where} lacks '{key}'")
+            elif not parts:
+                problems.append(item["msg"])  # about several keys together; it names them
             else:
                 problems.append(f"{key} in {where}: {item['msg']}, not {item['input']!r}")
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    schema: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> AnyRecipe:
     """Read a recipe file, apply ``key=value`` overrides, and check the whole.
 
     Raises:
@@ -302,42 +356,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     values = read_yaml(Path(path))
     for override in overrides:
-        apply_override(values, override)
-    recipe = resolve(values, str(path))
-    size = recipe.data.image_size
-    if size % recipe.mask_patch:
-        raise RecipeError(
-            f"data.image_size={size} is not a multiple of the {recipe.mask_patch}-pixel mask patch of "
-            f"{recipe.model.name}; {size // recipe.mask_patch * recipe.mask_patch or recipe.mask_patch} would fit"
-        )
-    return recipe
+        apply_override(values, override, schema)
+    return resolve(values, str(path), schema)
 
 
-# Keys that may differ between two starts of one run: they change what is written, never a loss.
-FREE_KEYS = frozenset(
-    {
-        "data.shards",
-        "data.workers",
-        "data.cache",
-        "data.cache_gib",
-        "data.max_damaged",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.pinned_steps",
-        "train.validate_every",
-        "train.validate_batch",
-        "train.log_every",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.reconstructions",
-        "train.branch_from",
-    }
-)
-# A branch shares its trunk's past, so only the length (and with it the step down) may differ.
-BRANCH_KEYS = FREE_KEYS | {"train.iterations", "data.validation_images"}
-
-
-def differences(a: Recipe, b: Recipe, free: frozenset[str]) -> list[str]:
+def differences(a: RunRecipe, b: RunRecipe, free: frozenset[str]) -> list[str]:
     """Keys outside ``free`` whose values differ, each as ``key: value in a, value in b``."""
     flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     keys = [key for key in flat_a if key not in free and flat_a[key] != flat_b.get(key)]

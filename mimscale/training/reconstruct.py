@@ -30,7 +30,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[Recipe, Objective, int
         RecipeError: its recipe does not build.
     """
     checkpoint = open_newest(run, step)
-    recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
+    recipe: Recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
     objective = build_objective(recipe)
     checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
-from mimscale.training.recipe import BRANCH_KEYS, FREE_KEYS, Recipe, RecipeError, differences, resolve
+from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, differences, resolve
 from mimscale.training.schedule import learning_rate
 
 
@@ -30,11 +30,10 @@ class RunFolder:
         self.ds_config = self.path / "ds_config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
-        self.reconstructions = self.path / "reconstructions"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
 
-    def saved_recipe(self) -> Recipe | None:
+    def saved_recipe(self, schema: type[AnyRecipe]) -> AnyRecipe | None:
         """The recipe that the run was started with, or ``None`` for a new run.
 
         Raises:
@@ -45,9 +44,9 @@ class RunFolder:
         values = yaml.safe_load(self.recipe.read_text())
         if not isinstance(values, dict):
             raise RecipeError(f"{self.recipe} is no recipe; restore it, or choose another --output")
-        return resolve(values, str(self.recipe))
+        return resolve(values, str(self.recipe), schema)
 
-    def describe(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
         """Write the resolved recipe and DeepSpeed configuration."""
         head = "# The resolved recipe of this run; a second start with the same one resumes it.\n"
         write_beside(self.recipe, head + recipe.to_yaml())
@@ -61,7 +60,7 @@ class RunFolder:
             return None
 
 
-def same_past(old: Recipe, new: Recipe, step: int) -> bool:
+def same_past(old: RunRecipe, new: RunRecipe, step: int) -> bool:
     """Whether two runs that differ only in length had the same learning rates in their first ``step`` updates."""
     return all(
         learning_rate(old.schedule, old.learning_rate, old.train.iterations, s)
@@ -70,17 +69,17 @@ def same_past(old: Recipe, new: Recipe, step: int) -> bool:
     )
 
 
-def check_resumable(folder: RunFolder, recipe: Recipe, step: int) -> None:
+def check_resumable(folder: RunFolder, recipe: RunRecipe, step: int) -> None:
     """Raise unless ``recipe`` continues the run that is in the folder.
 
     Raises:
         RecipeError: it differs in something that changes losses; each key is listed with both values.
     """
-    saved = folder.saved_recipe()
+    saved = folder.saved_recipe(type(recipe))
     if saved is None:
         return
-    differing = differences(saved, recipe, FREE_KEYS)
-    longer = not differences(saved, recipe, FREE_KEYS | {"train.iterations"})
+    differing = differences(saved, recipe, recipe.free_keys)
+    longer = not differences(saved, recipe, recipe.free_keys | {"train.iterations"})
     if differing and not (longer and same_past(saved, recipe, step)):
         hint = "choose another --output"
         if longer:
@@ -90,14 +89,14 @@ def check_resumable(folder: RunFolder, recipe: Recipe, step: int) -> None:
         )
 
 
-def check_branch(source: Checkpoint, recipe: Recipe) -> None:
+def check_branch(source: Checkpoint, recipe: RunRecipe) -> None:
     """Raise unless a run of ``recipe`` has the same past as the checkpoint it branches from.
 
     Raises:
         RecipeError: the trunk was another recipe, or had other learning rates up to the branch.
     """
-    trunk = resolve(source.manifest["recipe"], str(source.path))
-    differing = differences(trunk, recipe, BRANCH_KEYS)
+    trunk = resolve(source.manifest["recipe"], str(source.path), type(recipe))
+    differing = differences(trunk, recipe, recipe.free_keys | BRANCH_KEYS)
     if differing:
         raise RecipeError(
             f"train.branch_from={recipe.train.branch_from}: the trunk is of another recipe "

@@ -29,10 +29,9 @@ class Validation:
     images: int
     samples: tuple[Tensor, Tensor, Tensor] | None
 
-    def record(self, step: int, loss: str) -> dict[str, float | int]:
-        """The line of ``metrics.jsonl``; ``val_loss`` is the loss that the run trains on."""
+    def record(self, loss: str) -> dict[str, float]:
+        """The figures for ``metrics.jsonl``; ``val_loss`` is the loss that the run trains on."""
         return {
-            "step": step,
             "val_loss": self.l1 if loss == "l1" else self.l2,
             "val_loss_l1": self.l1,
             "val_loss_l2": self.l2,

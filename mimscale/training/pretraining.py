@@ -1,0 +1,162 @@
+"""Pre-training by masked image modelling, as a task for the loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from mimscale.data import MIMStream, ShardError, ShardIndex
+from mimscale.training.checkpoint import Checkpoint
+from mimscale.training.engine import Engine, OneRankError, Ranks
+from mimscale.training.loop import run
+from mimscale.training.memory import largest_micro_batch
+from mimscale.training.metrics import flops_per_image
+from mimscale.training.objective import build_objective
+from mimscale.training.param_groups import decay_groups
+from mimscale.training.pictures import loss_curves, reconstruction_sheet
+from mimscale.training.recipe import Recipe, RecipeError
+from mimscale.training.run_folder import check_data
+from mimscale.training.task import Task, TaskBatch, Validated
+from mimscale.training.validation import validate
+
+
+def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
+    """Pre-train, or go on pre-training, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
+    return run(lambda: Pretraining(recipe), ds_config, output)
+
+
+def rank_workers(asked: int | str, ranks: Ranks) -> int:
+    """Data workers of a rank: on ``auto``, the cores that the rank itself leaves free, at most 8."""
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // ranks.local_world_size - 1))
+
+
+def open_shards(shards: str | None, cache: str | None, cache_gib: float | None) -> ShardIndex:
+    """The index of a recipe's shards.
+
+    Raises:
+        RecipeError: ``data.shards`` is not set.
+        ShardError: there is no usable index.
+    """
+    if shards is None:
+        raise RecipeError("data.shards is not set: give data.shards=OUT, a folder made by shards/build.py")
+    places: dict[str, Any] = {"cache": Path(cache)} if cache else {}
+    sizes: dict[str, Any] = {"cache_bytes": int(cache_gib * 2**30)} if cache_gib else {}
+    return ShardIndex.load(shards, **places, **sizes)
+
+
+class Pretraining(Task):
+    """SimMIM or MAE on shards.
+
+    Raises:
+        RecipeError, ShardError: the shards cannot be used, or have no such fraction.
+    """
+
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        data = recipe.data
+        self.index = open_shards(data.shards, data.cache, data.cache_gib)
+        MIMStream(self.index, fraction=data.fraction)  # an unknown fraction is an error here, not after minutes
+        self.flops_per_image = flops_per_image(recipe)
+
+    @override
+    def build(self) -> nn.Module:
+        return build_objective(self.recipe)
+
+    @override
+    def groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        return decay_groups(module, self.recipe)
+
+    @override
+    def largest_micro_batch(self, config: dict[str, Any], ranks: Ranks) -> int:
+        return largest_micro_batch(self.recipe, config, ranks)
+
+    @override
+    def describe(self) -> str:
+        data = self.recipe.data
+        return (
+            f"{self.recipe.model.name} with {self.recipe.mim.objective}, {self.flops_per_image / 3e9:.2f} GFLOPs an image "
+            f"forward; {len(self.index.samples(data.fraction))} images ({data.fraction})"
+        )
+
+    @override
+    def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
+        data = self.recipe.data
+        decodes_here = data.decoder == "nvimgcodec"  # in the rank itself, which holds the device
+        on_gpu = ranks.device.type == "cuda"
+        stream = MIMStream(
+            self.index,
+            fraction=data.fraction,
+            seed=self.recipe.train.seed,
+            image_size=data.image_size,
+            global_batch=self.recipe.train.global_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=step,
+            stop_step=self.recipe.train.iterations,
+            workers=0 if decodes_here else rank_workers(data.workers, ranks),
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            interpolation=data.interpolation,
+            mask_grid=self.recipe.mask_grid,
+            hidden=self.recipe.hidden,
+            max_damaged=data.max_damaged,
+            shuffle=data.shuffle,
+            window=data.shuffle_window,
+            decoder=data.decoder,
+            device=str(ranks.device) if decodes_here else "cpu",
+        )
+        try:
+            for batch in stream:
+                # Page-locked memory is what copies to a GPU beside its work.
+                pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
+                yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
+        except (ShardError, OSError) as error:
+            raise OneRankError(str(error)) from error
+
+    @override
+    def validate(self, engine: Engine, step: int) -> Validated | None:
+        found = validate(engine, self.recipe, self.index)
+        if found is None:
+            return None
+        assert self.recipe.mim.loss is not None
+        record = found.record(self.recipe.mim.loss)
+        text = (
+            f"validation loss {record['val_loss']:.4f} (l1 {found.l1:.4f}, l2 {found.l2:.4f}; "
+            f"predicting the local mean {record['val_baseline']:.4f}) on {found.images} images"
+        )
+        pictures = {"reconstructions": reconstruction_sheet(*found.samples)} if found.samples is not None else {}
+        return Validated(record, text, pictures)
+
+    @override
+    def data_state(self, step: int) -> dict[str, Any]:
+        images = step * self.recipe.train.global_batch
+        epoch, position = divmod(images, len(self.index.samples(self.recipe.data.fraction)))
+        return {
+            "build": self.index.content.build,
+            "fraction": self.recipe.data.fraction,
+            "seed": self.recipe.train.seed,
+            "images_seen": images,
+            "epoch": epoch,
+            "position": position,
+        }
+
+    @override
+    def check_data(self, source: Checkpoint) -> None:
+        assert self.recipe.data.shards is not None
+        check_data(source, self.index.content.build, self.recipe.data.shards)
+
+    @override
+    def draw_curves(self, records: list[dict[str, Any]], path: Path) -> None:
+        validations = [record for record in records if "val_loss" in record]
+        loss_curves(records, path, validations[-1]["val_baseline"] if validations else None)
