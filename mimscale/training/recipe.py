@@ -52,7 +52,7 @@ BRANCH_KEYS = frozenset({"train.iterations", "data.validation_images"})
 class Section(BaseModel):
     """One block of a recipe: unknown keys are errors, values never change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class Data(Section):
@@ -149,6 +149,11 @@ class Train(Section):
     log_every: Positive = 1
     activation_checkpointing: bool | None = None
     compile: bool = False
+
+
+class PretrainTrain(Train):
+    """Also how many reconstructions a validation draws."""
+
     reconstructions: Annotated[int, Field(ge=0)] = 8
 
 
@@ -179,6 +184,7 @@ class Recipe(RunRecipe):
     data: Data = Data()
     model: Model
     mim: MIM = MIM()
+    train: PretrainTrain = PretrainTrain()
 
     @model_validator(mode="before")
     @classmethod
@@ -228,7 +234,8 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     """Every dotted key of the schema, sections included."""
     keys = []
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute  # a key such as `from` cannot be an attribute
         keys.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += known_keys(field.annotation, f"{prefix}{name}.")

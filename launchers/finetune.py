@@ -1,0 +1,10 @@
+"""Fine-tune an encoder: ``deepspeed launchers/finetune.py --deepspeed_config FILE --recipe FILE --output RUN [key=value ...]``.
+
+``finetune.from=RUN[@STEP]|FILE`` says where its weights come from. The same script runs under ``deepspeed``, ``torchrun``,
+``srun`` (one task a GPU) and plain ``python`` (one process). A second start on the same RUN resumes it.
+"""
+
+from mimscale.transfer.launch import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Fine-tuning recipes: what they all hold, and how a file's ``task`` finds its kind.
+
+A recipe file says ``task: classification`` (or another of ``TASKS``). Each task is a subclass of ``TransferTask`` (see
+``mimscale.transfer.task``) whose ``schema`` is a subclass of :class:`FinetuneRecipe` with the sections of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mimscale.training.recipe import (
+    FREE_KEYS,
+    Model,
+    Positive,
+    RecipeError,
+    RunRecipe,
+    Section,
+    apply_override,
+    load_recipe,
+    read_yaml,
+)
+
+if TYPE_CHECKING:
+    from mimscale.transfer.task import TransferTask
+
+# task -> (module, class); imported only when it is the one that is asked for.
+TASKS = {
+    "classification": ("mimscale.transfer.classification", "Classification"),
+    "detection": ("mimscale.transfer.detection", "Detection"),
+    "segmentation": ("mimscale.transfer.segmentation", "Segmentation"),
+}
+
+
+class TransferModel(Model):
+    """The encoder at the task's size.
+
+    ``pretrained_window_size`` (SwinV2) and ``pretrained_image_size`` (ViT; ``null``: the task's own) are those that its
+    position bias and its positions were trained at. ``extra_norm_every`` is for released weights that have such norms.
+    """
+
+    window_size: Positive = 14
+    pretrained_window_size: int | tuple[int, int, int, int] = 12
+    pretrained_image_size: Positive | None = None
+    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+
+
+class Finetune(Section):
+    """Where the weights come from, and how the learning rate falls towards the input.
+
+    ``from``: ``RUN`` or ``RUN@STEP``, a pre-training or fine-tuning run of mimscale; or a FILE, safetensors or the
+    authors' ``.pth``; ``null`` trains from scratch. A layer's learning rate is ``layer_decay`` times that of the next.
+    """
+
+    source: str | None = Field(default=None, alias="from")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class FinetuneRecipe(RunRecipe):
+    """What the recipes of all fine-tuning tasks hold; each adds a ``data`` section and what else it needs."""
+
+    free_keys = FREE_KEYS
+
+    task: str
+    model: TransferModel
+    finetune: Finetune = Finetune()
+
+
+def task_class(name: object) -> type[TransferTask]:
+    """The task of that name.
+
+    Raises:
+        RecipeError: there is none; the nearest is named.
+    """
+    if name is None:
+        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
+        raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
+    module, attribute = TASKS[str(name)]
+    return getattr(import_module(module), attribute)
+
+
+def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
+    """The kind of recipe that a file holds.
+
+    Raises:
+        RecipeError: it cannot be read, or names no known task.
+    """
+    name = read_yaml(Path(path)).get("task")
+    for override in overrides:
+        if override.partition("=")[0] == "task":
+            values: dict = {}
+            apply_override(values, override, FinetuneRecipe)
+            name = values["task"]
+    return task_class(name).schema
+
+
+def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:
+    """Read a fine-tuning recipe of any task; see :func:`mimscale.training.recipe.load_recipe`."""
+    return load_recipe(path, overrides, recipe_schema(path, overrides))

@@ -1,0 +1,94 @@
+"""What the fine-tuning tasks share: where weights come from, how rates fall, and the shape of ``result.json``.
+
+A task is a subclass with
+
+- ``schema``: its kind of recipe, a subclass of ``FinetuneRecipe``; ``metric``: the validation figure that counts, of which
+  ``validate`` gives ``val_METRIC``, larger being better;
+- ``image_size_of(recipe)`` where that is not ``recipe.data.image_size``; ``pad_windows`` where images may have any size;
+- ``build()``: a module whose ``encoder`` comes from ``self.encoder(num_classes)``; all other modules are new;
+- ``batches``, ``validate``, ``describe``, ``data_state`` and ``check_data`` of :class:`mimscale.training.task.Task`.
+
+Everything in the encoder but a head starts from ``finetune.from``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mimscale.models.released import CheckpointMismatch
+from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.loop import run
+from mimscale.training.task import Task
+from mimscale.transfer.layer_decay import layer_decay_groups
+from mimscale.transfer.recipe import FinetuneRecipe, task_class
+from mimscale.transfer.start import encoder_weights, make_encoder
+
+
+class TransferTask(Task):
+    """One fine-tuning task, for one recipe."""
+
+    schema: ClassVar[type[FinetuneRecipe]]
+    metric: ClassVar[str]
+    pad_windows: ClassVar[bool] = False
+
+    recipe: FinetuneRecipe
+
+    def __init__(self, recipe: FinetuneRecipe):
+        self.recipe = recipe
+
+    @classmethod
+    def image_size_of(cls, recipe: Any) -> int:
+        """Side of the training images, pixels."""
+        return recipe.data.image_size
+
+    @classmethod
+    def bare_encoder(cls, recipe: FinetuneRecipe, num_classes: int = 0) -> Any:
+        """The encoder of a recipe of this task.
+
+        Raises:
+            RecipeError: the sizes do not fit together.
+        """
+        return make_encoder(recipe, cls.image_size_of(recipe), num_classes, cls.pad_windows)
+
+    def encoder(self, num_classes: int = 0) -> Any:
+        """The recipe's encoder, with a classifier of ``num_classes`` outputs where that is not 0."""
+        return self.bare_encoder(self.recipe, num_classes)
+
+    @override
+    def groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        return layer_decay_groups(module, self.recipe.finetune.layer_decay, self.recipe.optimizer.weight_decay)
+
+    @override
+    def starting_weights(self) -> Callable[[str], Tensor | None] | None:
+        source = self.recipe.finetune.source
+        if source is None:
+            return None
+        with torch.device("meta"):
+            encoder: Any = self.build().encoder
+        try:
+            weights = encoder_weights(source, encoder)
+        except CheckpointMismatch as error:
+            raise CheckpointError(f"finetune.from: {error}") from None
+        return lambda name: weights(name.removeprefix("encoder.")) if name.startswith("encoder.") else None
+
+    @override
+    def result(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        last = super().result(records)["validation"]
+        return {
+            "task": self.recipe.task,
+            "metric": self.metric,
+            "value": last[f"val_{self.metric}"] if last else None,
+            "from": self.recipe.finetune.source,
+            "validation": last,
+        }
+
+
+def finetune(recipe: FinetuneRecipe, ds_config: dict[str, Any], output: str) -> dict[str, Any]:
+    """Fine-tune, or go on fine-tuning, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
+    kind = task_class(recipe.task)
+    return run(lambda: kind(recipe), ds_config, output)
