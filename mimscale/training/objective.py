@@ -31,8 +31,7 @@ class Objective(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """8-bit images (B, 3, H, W) as fp32 with the recipe's mean and deviation taken out."""
-        channels = images.float().unbind(1)
-        return stack([(x / 255 - m) / s for x, m, s in zip(channels, self.mean, self.std, strict=True)], dim=1)
+        return normalise(images, self.mean, self.std)
 
     def forward(self, images: Tensor, mask: Tensor, draw_keys: Tensor | None = None):
         """Loss of one micro-batch, or of each of its images.
@@ -69,6 +68,12 @@ class Objective(nn.Module):
         pixels = self.model.reconstruct(self.normalise(images), prediction, mask)
         channels = pixels.float().unbind(1)
         return stack([x * s + m for x, m, s in zip(channels, self.mean, self.std, strict=True)], dim=1).clamp(0, 1)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """8-bit images (B, 3, H, W) as fp32 with a mean and a deviation, one number a channel, taken out."""
+    channels = images.float().unbind(1)
+    return stack([(x / 255 - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
 
 def build_objective(recipe: Recipe) -> Objective:

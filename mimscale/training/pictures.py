@@ -62,13 +62,11 @@ def loss_curves(records: list[dict[str, Any]], path: Path, baseline: float | Non
         path: PNG to write.
         baseline: validation loss of predicting the local mean, drawn as a dashed line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train = [r for r in records if "loss" in r]
     validation = [r for r in records if "val_loss" in r]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, color="#7a9cc6", label="training loss")
     axes.plot(
@@ -89,5 +87,13 @@ def loss_curves(records: list[dict[str, Any]], path: Path, baseline: float | Non
     rate.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right")
+    save_png(figure_image(figure), path)
+
+
+def figure_image(figure: Any) -> Image.Image:
+    """A matplotlib figure as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -52,6 +52,19 @@ def open_shards(shards: str | None, cache: str | None, cache_gib: float | None) 
     return ShardIndex.load(shards, **places, **sizes)
 
 
+def data_position(index: ShardIndex, fraction: str, seed: int, images: int) -> dict[str, Any]:
+    """What a checkpoint says of the data after ``images`` images."""
+    epoch, position = divmod(images, len(index.samples(fraction)))
+    return {
+        "build": index.content.build,
+        "fraction": fraction,
+        "seed": seed,
+        "images_seen": images,
+        "epoch": epoch,
+        "position": position,
+    }
+
+
 class Pretraining(Task):
     """SimMIM or MAE on shards.
 
@@ -140,16 +153,8 @@ class Pretraining(Task):
 
     @override
     def data_state(self, step: int) -> dict[str, Any]:
-        images = step * self.recipe.train.global_batch
-        epoch, position = divmod(images, len(self.index.samples(self.recipe.data.fraction)))
-        return {
-            "build": self.index.content.build,
-            "fraction": self.recipe.data.fraction,
-            "seed": self.recipe.train.seed,
-            "images_seen": images,
-            "epoch": epoch,
-            "position": position,
-        }
+        train = self.recipe.train
+        return data_position(self.index, self.recipe.data.fraction, train.seed, step * train.global_batch)
 
     @override
     def check_data(self, source: Checkpoint) -> None:
