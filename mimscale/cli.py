@@ -13,6 +13,9 @@ COMMANDS = {
         0,
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
+    "evaluate": ("mimscale.transfer.evaluate", 0, "a fine-tuned model's figures on held-out data"),
+    "predict": ("mimscale.transfer.predict", 0, "what a fine-tuned model says of any images"),
+    "probe": ("mimscale.transfer.probe", 0, "linear probe and nearest neighbours on frozen features, in minutes"),
     "bench data": (
         "mimscale.data.bench",
         0,

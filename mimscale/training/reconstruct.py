@@ -47,15 +47,24 @@ def read_images(paths: list[Path], size: int) -> Tensor:
     """
     images = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                pixels = transforms.pil_to_tensor(image.convert("RGB"))
-        except FileNotFoundError:
-            raise ValueError(f"there is no image {path}") from None
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is not an image that can be read ({error})") from None
+        pixels = transforms.pil_to_tensor(read_image(path))
         images.append(transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size, size]))
     return torch.stack(images)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        ValueError: it is not there or is no image; it is named.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {path}") from None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read ({error})") from None
 
 
 def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.data import EvaluationStream, LabelledStream, ShardError
+from mimscale.data.augment import resize_and_centre_crop
 from mimscale.data.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Engine, OneRankError, Ranks
@@ -24,7 +27,7 @@ from mimscale.transfer.class_pictures import PredictionSheet, confusion_picture
 from mimscale.transfer.labels import ClassCounts, check_labels
 from mimscale.transfer.mixing import Mixing
 from mimscale.transfer.recipe import FinetuneRecipe
-from mimscale.transfer.scores import predict, read_ahead, spread
+from mimscale.transfer.scores import TOP, predict, read_ahead, spread
 from mimscale.transfer.task import TransferTask
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -134,6 +137,38 @@ class Classification(TransferTask):
     def build(self) -> nn.Module:
         return Classifier(self.encoder(len(self.index.classes)))
 
+    @classmethod
+    @override
+    def module_of(cls, recipe: ClassificationRecipe, data: dict[str, Any]) -> nn.Module:
+        return Classifier(cls.bare_encoder(recipe, len(data["classes"])))
+
+    @classmethod
+    @override
+    def say(
+        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+    ) -> tuple[str, Image.Image | None]:
+        size, settings = recipe.data.image_size, recipe.data
+        crop = resize_and_centre_crop(np.asarray(image), cls.shorter_side(recipe), size, settings.interpolation)
+        with torch.no_grad():
+            chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
+        best = chances.topk(min(TOP, len(chances)))
+        named = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return ", ".join(f"{data['classes'][index]} {chance:.1%}" for chance, index in named), None
+
+    @staticmethod
+    def shorter_side(recipe: ClassificationRecipe) -> int:
+        """What held-out images are resized to before the centre is cut, pixels."""
+        return recipe.data.resize_shorter or round(recipe.data.image_size / 0.875)
+
+    @override
+    def check_same_classes(self, data: dict[str, Any]) -> None:
+        if list(self.index.classes) != data["classes"]:
+            raise ShardError(
+                f"data.shards={self.recipe.data.shards} has {len(self.index.classes)} classes ("
+                f"{', '.join(self.index.classes[:3])}, ...), but the run was trained on {len(data['classes'])} ("
+                f"{', '.join(data['classes'][:3])}, ...)"
+            )
+
     @override
     def describe(self) -> str:
         data = self.recipe.data
@@ -198,7 +233,7 @@ class Classification(TransferTask):
             batch_size,
             rank,
             world_size,
-            resize_shorter=data.resize_shorter,
+            resize_shorter=self.shorter_side(self.recipe),
             workers=workers,
             interpolation=data.interpolation,
             max_damaged=data.max_damaged,

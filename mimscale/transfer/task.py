@@ -6,6 +6,8 @@ A task is a subclass with
   ``validate`` gives ``val_METRIC``, larger being better;
 - ``image_size_of(recipe)`` where that is not ``recipe.data.image_size``; ``pad_windows`` where images may have any size;
 - ``build()``: a module whose ``encoder`` comes from ``self.encoder(num_classes)``; all other modules are new;
+- ``module_of(recipe, data)``: the same module without the data, to be filled with a checkpoint's weights, and
+  ``say(recipe, data, module, image)``: what it makes of one image, for ``mimscale predict``;
 - ``batches``, ``validate``, ``describe``, ``data_state`` and ``check_data`` of :class:`mimscale.training.task.Task`.
 
 Everything in the encoder but a head starts from ``finetune.from``.
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -58,6 +61,23 @@ class TransferTask(Task):
     def encoder(self, num_classes: int = 0) -> Any:
         """The recipe's encoder, with a classifier of ``num_classes`` outputs where that is not 0."""
         return self.bare_encoder(self.recipe, num_classes)
+
+    @classmethod
+    def module_of(cls, recipe: Any, data: dict[str, Any]) -> nn.Module:
+        """The module of a run, from its recipe and what its checkpoint says of the data (``data_state``)."""
+        raise NotImplementedError
+
+    @classmethod
+    def say(cls, recipe: Any, data: dict[str, Any], module: Any, image: Image.Image) -> tuple[str, Image.Image | None]:
+        """What a trained module makes of an RGB image of any size: in words, and as a picture where one helps."""
+        raise NotImplementedError
+
+    def check_same_classes(self, data: dict[str, Any]) -> None:
+        """Raise unless this task's data has the classes that a checkpoint was trained on.
+
+        Raises:
+            ShardError: it has others, so that labels would mean something else.
+        """
 
     @override
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:

@@ -1,0 +1,260 @@
+"""``mimscale probe``: what frozen features are worth, in minutes: a linear classifier and nearest neighbours.
+
+Features are those of centre crops, pooled as for a classifier. They are computed once and kept; a second probe of the same
+weights on the same images reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mimscale.data import EvaluationStream, ShardError, ShardIndex
+from mimscale.training.objective import normalise
+from mimscale.training.run_folder import write_beside
+from mimscale.transfer.labels import check_labels
+from mimscale.transfer.trained import FrozenEncoder, frozen_encoder
+
+# Strengths of the linear classifier's penalty to choose from, and the share of the training images they are chosen on.
+PENALTIES = tuple(10.0**power for power in range(-6, 1))
+HELD_BACK = 0.1
+TEMPERATURE = 0.07  # of the neighbours' votes, as DINO weighs them
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pooled features (N, C) fp32 of a fraction's images, and their classes (N,) int64."""
+
+    values: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, chosen: Tensor) -> Features:
+        """Some of them."""
+        return Features(self.values[chosen], self.labels[chosen])
+
+
+def features(
+    frozen: FrozenEncoder,
+    index: ShardIndex,
+    fraction: str,
+    batch: int,
+    workers: int,
+    device: torch.device,
+    folder: Path,
+) -> Features:
+    """Features of all images of a fraction, kept in ``folder``; damaged images are left out.
+
+    Raises:
+        ShardError: no such fraction, images without a class, or too many damaged ones.
+    """
+    check_labels(index, fraction)
+    told = json.dumps([frozen.name, index.content.build, fraction, frozen.image_size, frozen.mean, frozen.std])
+    path = folder / f"features_{fraction}_{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        kept = load_file(path)
+        return Features(kept["values"], kept["labels"])
+    stream = EvaluationStream(index, fraction, frozen.image_size, batch, workers=workers)
+    encoder = frozen.encoder.to(device)
+    values, labels = [], []
+    with torch.no_grad():
+        for images in tqdm(stream, total=len(stream), desc=f"features of {fraction}", disable=not sys.stderr.isatty()):
+            pooled = encoder(normalise(images.images.to(device), frozen.mean, frozen.std))
+            values.append(pooled.float().cpu()[images.valid])
+            labels.append(images.labels[images.valid])
+    found = Features(torch.cat(values), torch.cat(labels))
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    save_file({"values": found.values, "labels": found.labels}, beside)
+    beside.replace(path)
+    return found
+
+
+def fit_linear(train: Features, classes: int, penalty: float, device: torch.device) -> Tensor:
+    """Softmax regression by L-BFGS: minimise mean cross-entropy + penalty / 2 * |W|^2 (the biases are free).
+
+    Returns:
+        (C + 1, classes) fp32, the biases last.
+    """
+    x = F.pad(train.values.to(device), (0, 1), value=1.0)
+    y = train.labels.to(device)
+    weight = torch.zeros(x.shape[1], classes, device=device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=200, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-9
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight, y) + 0.5 * penalty * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Top-1 and top-5 in percent, of scores (N, classes)."""
+    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices.cpu() == labels[:, None]
+    return 100 * hits[:, 0].double().mean().item(), 100 * hits.any(1).double().mean().item()
+
+
+def linear_probe(train: Features, val: Features, classes: int, device: torch.device) -> dict[str, float]:
+    """Fit on the training features, standardised, with the penalty that does best on a tenth of them held back."""
+    deviation, mean = torch.std_mean(train.values, dim=0)
+    standard = [Features((part.values - mean) / deviation.clamp(min=1e-6), part.labels) for part in (train, val)]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held = max(1, round(HELD_BACK * len(train)))
+    chosen_on, fitted_on = standard[0].rows(order[:held]), standard[0].rows(order[held:])
+
+    def top1(penalty: float) -> float:
+        weight = fit_linear(fitted_on, classes, penalty, device)
+        return accuracy(_scores(chosen_on, weight), chosen_on.labels)[0]
+
+    penalty = max(PENALTIES, key=lambda p: (top1(p), p)) if len(fitted_on) else PENALTIES[-1]
+    weight = fit_linear(standard[0], classes, penalty, device)
+    top, five = accuracy(_scores(standard[1], weight), val.labels)
+    return {"linear_top1": top, "linear_top5": five, "penalty": penalty}
+
+
+def _scores(part: Features, weight: Tensor) -> Tensor:
+    return F.pad(part.values.to(weight.device), (0, 1), value=1.0) @ weight
+
+
+def nearest_neighbours(train: Features, val: Features, classes: int, k: int, device: torch.device) -> dict[str, float]:
+    """Votes of the k nearest training images by cosine, weighed with exp(cosine / 0.07)."""
+    bank, labels = F.normalize(train.values, dim=1).to(device), train.labels.to(device)
+    scores = []
+    for part in F.normalize(val.values, dim=1).split(256):
+        near, place = (part.to(device) @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(part), classes, device=device)
+        scores.append(votes.scatter_add_(1, labels[place], (near / TEMPERATURE).exp()))
+    top, five = accuracy(torch.cat(scores), val.labels)
+    return {"knn_top1": top, "knn_top5": five, "k": k}
+
+
+def probe(
+    source: str,
+    shards: str,
+    fraction: str = "100",
+    validation: str = "val",
+    knn: int = 20,
+    recipe: Path | None = None,
+    batch: int = 64,
+    workers: int = 0,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Probe the encoder of a run or file on labelled shards.
+
+    Args:
+        source: RUN, RUN@STEP or FILE.
+        shards: shard folder.
+        fraction: what the probes are fitted on.
+        validation: what they are tested on.
+        knn: neighbours that vote.
+        recipe: for a FILE that does not say what it holds.
+        batch: images at a time.
+        workers: processes that read ahead.
+        folder: where features are kept.
+
+    Returns:
+        The figures, in the shape of a run's ``result.json``.
+
+    Raises:
+        CheckpointError, RecipeError, ShardError, ValueError: what cannot be read.
+    """
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frozen = frozen_encoder(source, recipe)
+    index = ShardIndex.load(shards)
+    folder = folder or _folder(source)
+    train, val = (features(frozen, index, part, batch, workers, device, folder) for part in (fraction, validation))
+    classes = len(index.classes)
+    commonest = int(torch.bincount(train.labels).argmax())
+    figures = {
+        **linear_probe(train, val, classes, device),
+        **nearest_neighbours(train, val, classes, knn, device),
+        "commonest_class": 100 * (val.labels == commonest).double().mean().item(),
+    }
+    return {
+        "task": "probe",
+        "metric": "linear_top1",
+        "value": figures["linear_top1"],
+        "from": source,
+        "validation": figures,
+        "images": {"train": len(train), "val": len(val)},
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _folder(source: str) -> Path:
+    """Where the probes of a source are kept: in its run, or beside its file."""
+    path = Path(source)
+    if not path.exists():
+        path = Path(source.rpartition("@")[0])
+    return (path if path.is_dir() else path.parent) / "probe"
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result for people to read."""
+    figures = result["validation"]
+    rows = [
+        (f"linear (penalty {figures['penalty']:g})", figures["linear_top1"], figures["linear_top5"]),
+        (f"{figures['k']} nearest neighbours", figures["knn_top1"], figures["knn_top5"]),
+        ("always the commonest class", figures["commonest_class"], None),
+    ]
+    lines = [f"{'frozen features of ' + result['from']:<44}  top-1   top-5"]
+    for name, top, five in rows:
+        lines.append(f"  {name:<42} {top:6.2f} {'' if five is None else f'{five:7.2f}'}")
+    images = result["images"]
+    lines.append(f"fitted on {images['train']} images, tested on {images['val']}; {result['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="mimscale probe", description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", metavar="RUN|FILE", help="a run (RUN@STEP for an earlier checkpoint), or weights")
+    parser.add_argument("--shards", required=True, metavar="OUT", help="labelled shards")
+    parser.add_argument("--fraction", default="100", help="what to fit on (default: 100)")
+    parser.add_argument("--validation", default="val", help="what to test on (default: val)")
+    parser.add_argument("--knn", type=int, default=20, metavar="K", help="neighbours that vote (default: 20)")
+    parser.add_argument("--recipe", type=Path, help="for a FILE that does not say what it holds: a recipe of its model")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read ahead (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        if args.knn < 1:
+            raise ValueError("--knn takes a number of neighbours above 0")
+        result = probe(
+            args.source,
+            args.shards,
+            args.fraction,
+            args.validation,
+            args.knn,
+            args.recipe,
+            args.batch,
+            args.workers,
+        )
+        target = _folder(args.source) / "result.json"
+        write_beside(target, json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError, ShardError) as error:
+        print(f"mimscale: error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    print(target)
+    return 0
