@@ -8,11 +8,13 @@ from importlib import import_module
 # words -> (module with main(argv) -> exit status, how many of the words it wants to see itself, what it does)
 COMMANDS = {
     "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
+    "status": ("mimscale.training.status", 0, "progress, rate, ETA and health of runs, from another terminal"),
     "export": (
         "mimscale.training.export",
         0,
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
+    "plan-memory": ("mimscale.training.plan", 0, "what fits on which GPUs, how long it takes and what it costs"),
     "evaluate": ("mimscale.transfer.evaluate", 0, "a fine-tuned model's figures on held-out data"),
     "predict": ("mimscale.transfer.predict", 0, "what a fine-tuned model says of any images"),
     "probe": ("mimscale.transfer.probe", 0, "linear probe and nearest neighbours on frozen features, in minutes"),

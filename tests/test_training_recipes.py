@@ -77,14 +77,17 @@ def test_weight_decay_spares_what_the_paper_spares():
 def test_a_shipped_configuration_is_one_for_deepspeed(path):
     import deepspeed
 
-    recipe = load_recipe(ROOT / "launchers/recipes/swinv2_b.yaml")
     config = read_ds_config(path)
+    micro = config["train_micro_batch_size_per_gpu"]
+    accumulated = config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32"
+    batch, micro = (2048 if accumulated else micro), (64 if micro == "auto" else micro)
+    recipe = load_recipe(ROOT / "launchers/recipes/swinv2_b.yaml", [f"train.global_batch={batch}"])
     split = split_batch(config, recipe.train.global_batch, 1, 64)
     resolved = reconcile(config, recipe, split, on_gpu=True)
     assert resolved["bf16"]["enabled"] is True
     assert json.loads(json.dumps(resolved)) == resolved
     parsed = deepspeed.DeepSpeedConfig(resolved)
-    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (2048, 32)
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (batch, batch // micro)
     assert parsed.gradient_clipping == 5.0
 
 

@@ -1,6 +1,7 @@
 """A killed, damaged or moved run goes on as if nothing had happened."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from training_runs import ENVIRONMENT, ROOT, TINY, launcher, losses, records, run_ranks, write_config
 
 from mimscale.training.checkpoint import saved_steps
+from mimscale.training.preemption import REQUEUE_EXIT
+from mimscale.training.status import status
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
@@ -54,10 +58,21 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None
         time.sleep(0.01)
 
 
+def rank_pids(process: subprocess.Popen) -> list[int]:
+    """The ranks' processes, in their order."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        words = " ".join(child.cmdline())
+        if "pretrain.py" in words and (local := re.search(r"--local_rank=(\d+)", words)) and "launch" not in words[:60]:
+            found.setdefault(int(local[1]), child.pid)
+    return [pid for _, pid in sorted(found.items())]
+
+
 def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undisturbed):
-    """Killed in a step, then during a save, then left to finish: not a digit differs."""
+    """Killed in a step, then during a save, then a rank frozen, then asked to stop: not a digit differs."""
     run, config = tmp_path / "run", write_config(tmp_path, **ZERO2)
-    logged = lambda: len(records(run)) if (run / "metrics.jsonl").exists() else 0  # noqa: E731
+    base = [*base, "train.hang_minutes=0.1"]
+    logged = lambda: records(run)[-1]["step"] if (run / "metrics.jsonl").exists() and records(run) else 0  # noqa: E731
     process = start(run, config, base)
     wait_for(lambda: logged() >= 6, process)
     kill_everything(process)
@@ -68,12 +83,37 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
     kill_everything(process)
 
     process = start(run, config, base)
+    begun = saved_steps(run)[-1]
+    wait_for(lambda: logged() >= begun + 2, process)
+    os.kill(rank_pids(process)[1], signal.SIGSTOP)
+    said = b""
+    while b"no progress for" not in said:
+        line = process.stdout.readline()
+        assert line, said.decode()[-3000:]
+        said += line
+    kill_everything(process)
+    assert b"rank 1 on" in line
+    assert b"shows no life" in line
+    assert status(run).state == "failed"
+
+    process = start(run, config, base)
+    begun = saved_steps(run)[-1]
+    wait_for(lambda: logged() >= begun + 2, process)
+    os.kill(rank_pids(process)[1], signal.SIGUSR1)
+    output = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == REQUEUE_EXIT, output[-3000:]
+    assert f"after step {saved_steps(run)[-1]}, which is saved" in output
+    assert saved_steps(run)[-1] == logged()
+    assert status(run).state == "preempted"
+
+    process = start(run, config, base)
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output[-3000:]
     assert "going on from" in output
     assert losses(run) == losses(undisturbed)
     assert records(run, "val_loss") == records(undisturbed, "val_loss")
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert status(run).state == "finished"
 
 
 def test_a_run_goes_on_at_another_stage_and_world_size(tmp_path, base, undisturbed):

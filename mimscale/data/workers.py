@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         sampler=_StepNumbers(start, stop),
         num_workers=workers,
         prefetch_factor=_AHEAD,
-        worker_init_fn=partial(_pin, cores_for(workers)),
+        worker_init_fn=partial(_begin, cores_for(workers)),
     )
     iterator = iter(loader)
     try:
@@ -89,7 +90,11 @@ def cores_for(workers: int) -> list[int]:
     return cores[rank * share + 1 : rank * share + 1 + workers]
 
 
-def _pin(cores: list[int], worker: int) -> None:
+def _begin(cores: list[int], worker: int) -> None:
+    # A job that is told to stop wants its last batches, so that the ranks stop after the same step; workers end with their
+    # rank.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if cores:
         os.sched_setaffinity(0, {cores[worker]})
 

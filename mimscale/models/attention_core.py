@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mimscale.models.layers import widens
+
 CACHE_ELEMENTS = 2**20
 EPSILON = 1e-12  # below which a query's or key's length counts as this much
 
@@ -33,6 +35,8 @@ def attend(qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, penalty: 
         return attend_plainly(qkv, scale, bias, penalty)
     if qkv.is_cuda:
         return attend_fused(qkv, scale, bias, penalty)
+    if widens(qkv):
+        return _CosineAttention.apply(qkv.float(), scale.float(), bias, penalty).to(qkv.dtype)
     return _CosineAttention.apply(qkv, scale, bias, penalty)
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from mimscale.models.attention import PositionBias
+from mimscale.models.layers import linear
 from mimscale.models.recompute import set_checkpoints
 from mimscale.models.swin_plan import PlanCache, build_stage
 from mimscale.models.swin_v2 import SwinBlock, SwinTransformerV2, run_blocks
@@ -23,7 +23,7 @@ class PixelHead(nn.Conv2d):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (K, dim) to the pixels of their patches, (K, outputs)."""
-        return F.linear(features, self.weight.flatten(1), self.bias)
+        return linear(features, self.weight.flatten(1), self.bias)
 
 
 class LinearDecoder(nn.Sequential):

@@ -11,8 +11,42 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 WEIGHT_STD = 0.02
+# Without units for it, a CPU multiplies bf16 matrices up to a hundred times slower than fp32 ones.
+CPU_MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether products with ``x`` are better made in fp32: bf16 on a CPU that has no units for it."""
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
+    return slow and not torch.compiler.is_compiling()
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """A bf16 linear layer whose products are made in fp32 and rounded once, as units for bf16 do it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wide = grad.float().flatten(0, -2)
+        grad_x = (wide @ weight.float()).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (wide.T @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = wide.sum(0).to(weight.dtype) if ctx.biased and ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Map x (..., inputs) by weight (outputs, inputs) and bias (outputs,) to (..., outputs)."""
+    return _WidenedLinear.apply(x, weight, bias) if widens(x) else F.linear(x, weight, bias)
 
 
 def trunc_normal(parameter: torch.Tensor, std: float = WEIGHT_STD) -> None:
@@ -44,6 +78,10 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., inputs) to (..., outputs)."""
+        return linear(x, self.weight, self.bias)
+
 
 class QkvLinear(Linear):
     """One matrix for queries, keys and values; the bias, which keys do without, belongs to the attention module."""
@@ -53,7 +91,7 @@ class QkvLinear(Linear):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map (..., C) to (..., 3C), adding ``bias`` (3C,)."""
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 class XavierLinear(nn.Linear):
@@ -64,6 +102,10 @@ class XavierLinear(nn.Linear):
         xavier(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., inputs) to (..., outputs)."""
+        return linear(x, self.weight, self.bias)
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -112,7 +154,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Map patches (B, L, in_channels * patch * patch), to (B, L, out_channels) in the weights' dtype."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class Mlp(nn.Module):

@@ -4,9 +4,14 @@ Contenders take turns within a round, so that a busy machine is busy for all of 
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -241,6 +246,41 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, float]:
     return results
 
 
+def bench_allocated(arguments: argparse.Namespace) -> dict[str, float]:
+    """Train a few steps at every ZeRO stage and print what was allocated beside what the plan says.
+
+    Returns:
+        Planned over allocated bytes for each stage.
+    """
+    recipe = Path(__file__).parents[2] / f"launchers/recipes/{arguments.model}.yaml"
+    cells = [
+        {
+            "recipe": str(recipe),
+            "overrides": [f"train.global_batch={arguments.batch * arguments.ranks}", *arguments.overrides],
+            "config": {"zero_optimization": {"stage": stage}},
+        }
+        for stage in arguments.zero
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
+        module = ["-m", "mimscale.training.allocated", json.dumps(cells), str(output)]
+        done = subprocess.run([sys.executable, *launcher, *module], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        figures = json.loads(output.read_text())
+    print(
+        f"{arguments.model}, {arguments.ranks} ranks, {arguments.batch} images a rank: GB a rank at the fullest moment"
+    )
+    print(f"{'ZeRO stage':12}{'allocated':>12}{'planned':>12}{'off by':>9}")
+    results = {}
+    for stage, figure in zip(arguments.zero, figures, strict=True):
+        ratio = figure["planned"] / figure["allocated"]
+        results[f"stage {stage}"] = ratio
+        print(f"{stage:<12}{figure['allocated'] / 1e9:12.3f}{figure['planned'] / 1e9:12.3f}{ratio - 1:9.1%}")
+    return results
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run ``mimscale bench step`` or ``mimscale bench memory``."""
     parser = argparse.ArgumentParser(prog="mimscale bench", description=__doc__)
@@ -262,6 +302,14 @@ def main(argv: list[str] | None = None) -> int:
                 "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine"
             )
             sub.add_argument("--alone", action="store_true", help="leave out the rivals")
+        else:
+            sub.add_argument("--allocated", action="store_true", help="train, and compare with mimscale plan-memory")
+            sub.add_argument("--ranks", type=int, default=1, help="with --allocated")
+            sub.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, with --allocated")
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, with --allocated")
     arguments = parser.parse_args(argv)
-    (bench_step if arguments.kind == "step" else bench_memory)(arguments)
+    if arguments.kind == "step":
+        bench_step(arguments)
+    else:
+        (bench_allocated if arguments.allocated else bench_memory)(arguments)
     return 0

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mimscale.training.collectives import gather
+
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 # Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
@@ -147,16 +149,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write ``tensors`` as files of about FILE_BYTES; always consumes them all, since reading them is collective.
 
-
-def _write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Write ``tensors`` as files of about FILE_BYTES; always consumes them all, since reading them is collective."""
+    Returns:
+        The manifest's entry for each file: its size, SHA-256 and tensors.
+    """
     written: dict[str, dict[str, Any]] = {}
     chunk: dict[str, Tensor] = {}
     size = 0
@@ -213,53 +211,72 @@ def save(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    folder = run / "checkpoints"
-    beside = folder / f".saving_{step_name(step)}"
+    beside = begin(run, step)
+    files, failure = {}, None
+    owner = owners(shapes, world_size)
+    try:
+        files = write_chunks(beside, rank, state(lambda name: owner[name] == rank))
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {rank}: {error}"
+    gathered = gather((files, failure))
+    failures = [problem for _, problem in gathered if problem]
+    if not failures and rank == 0:
+        try:
+            commit(run, step, manifest(step, shapes, {n: e for part, _ in gathered for n, e in part.items()}, about))
+        except OSError as error:
+            failure = str(error)
+    failures += [problem for problem in gather(failure) if problem and problem not in failures]
+    if failures:
+        raise cannot_save(run, step, failures)
+    return run / "checkpoints" / step_name(step)
+
+
+def begin(run: Path, step: int) -> Path:
+    """Make the folder that a checkpoint is written in before it is renamed into place. Collective.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    beside = run / "checkpoints" / f".saving_{step_name(step)}"
     failure: str | None = None
-    files: dict[str, dict[str, Any]] = {}
-    if rank == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         except OSError as error:
             failure = str(error)
-    failures = [problem for problem in _gather(failure) if problem]
-    if not failures:
-        owner = owners(shapes, world_size)
-        try:
-            files = _write_chunks(beside, rank, state(lambda name: owner[name] == rank))
-        except (OSError, SafetensorError) as error:
-            failure = f"rank {rank}: {error}"
-        gathered = _gather((files, failure))
-        failures = [problem for _, problem in gathered if problem]
-    if not failures and rank == 0:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            **about,
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "files": {name: entry for part, _ in gathered for name, entry in part.items()},
-        }
-        try:
-            _commit(folder, beside, step, manifest)
-        except OSError as error:
-            failure = str(error)
-    failures += [problem for problem in _gather(failure) if problem and problem not in failures]
-    if failures:
-        if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-        before = [s for s in saved_steps(run) if s != step]
-        kept = f"{step_name(before[-1])} is untouched" if before else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"cannot save {folder / step_name(step)}: {'; '.join(failures[:3])}; {kept}. "
-            f"Make room (or mend the cause) and start the same command again: it goes on from the last checkpoint"
-        )
-    return folder / step_name(step)
+    if failures := [problem for problem in gather(failure) if problem]:
+        raise cannot_save(run, step, failures)
+    return beside
 
 
-def _commit(folder: Path, beside: Path, step: int, manifest: dict[str, Any]) -> None:
+def manifest(
+    step: int, shapes: dict[str, tuple[int, ...]], files: dict[str, dict[str, Any]], about: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    whole = {name: list(shape) for name, shape in shapes.items()}
+    return {"format": FORMAT, "step": step, **about, "shapes": whole, "files": files}
+
+
+def cannot_save(run: Path, step: int, failures: list[str]) -> CheckpointError:
+    """Remove what was written of a checkpoint, and the error to raise."""
+    folder = run / "checkpoints"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(folder / f".saving_{step_name(step)}", ignore_errors=True)
+    before = [s for s in saved_steps(run) if s != step]
+    kept = f"{step_name(before[-1])} is untouched" if before else "there is no earlier checkpoint"
+    return CheckpointError(
+        f"cannot save {folder / step_name(step)}: {'; '.join(failures[:3])}; {kept}. "
+        f"Make room (or mend the cause) and start the same command again: it goes on from the last checkpoint"
+    )
+
+
+def commit(run: Path, step: int, about: dict[str, Any]) -> None:
+    """Write the manifest ``about`` and rename the written folder into place. For one rank to call."""
+    folder = run / "checkpoints"
+    beside = folder / f".saving_{step_name(step)}"
     with (beside / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump(about, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync(beside)
@@ -277,12 +294,20 @@ def _commit(folder: Path, beside: Path, step: int, manifest: dict[str, Any]) -> 
 def rotate(run: Path, keep: int, pinned: Iterable[int] = ()) -> None:
     """Remove all but the newest ``keep`` checkpoints and the pinned steps. For one rank to call."""
     kept = set(saved_steps(run)[-keep:]) | set(pinned)
-    for step in saved_steps(run):
-        if step not in kept:
-            # Renamed first, so that a kill half-way leaves nothing that looks like a checkpoint.
-            doomed = run / "checkpoints" / f".removing_{step_name(step)}"
-            (run / "checkpoints" / step_name(step)).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    _remove(run, (step for step in saved_steps(run) if step not in kept))
+
+
+def remove_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps. For one rank to call."""
+    _remove(run, (saved for saved in saved_steps(run) if saved > step))
+
+
+def _remove(run: Path, steps: Iterable[int]) -> None:
+    for step in steps:
+        # Renamed first, so that a kill half-way leaves nothing that looks like a checkpoint.
+        doomed = run / "checkpoints" / f".removing_{step_name(step)}"
+        (run / "checkpoints" / step_name(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(run: Path) -> None:
@@ -308,7 +333,7 @@ def check(path: Path) -> tuple[Checkpoint | None, list[str]]:
         problems = [problem for file in files[rank::world_size] if (problem := checkpoint.damage(file))]
     except CheckpointError as error:
         problems = [str(error)]
-    found = sorted({problem for part in _gather(problems) for problem in part})
+    found = sorted({problem for part in gather(problems) for problem in part})
     return (None if found else checkpoint), found
 
 
@@ -334,7 +359,7 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: there are checkpoints, but none is whole; starting afresh would hide that.
     """
-    steps = _gather(saved_steps(run))[0]
+    steps = gather(saved_steps(run))[0]
     problems: list[str] = []
     for step in reversed(steps):
         checkpoint, found = check(run / "checkpoints" / step_name(step))

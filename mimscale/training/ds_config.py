@@ -20,6 +20,7 @@ class DeepSpeedConfigError(ValueError):
 
 
 AUTO = "auto"
+REDUCE_BUCKET = 50_000_000  # elements
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ def wants_bf16(config: dict[str, Any], on_gpu: bool) -> bool:
     if not isinstance(enabled, bool):
         raise DeepSpeedConfigError(f'bf16.enabled must be true, false or "auto", not {enabled!r}')
     return enabled
+
+
+def offloads_parameters(config: dict[str, Any]) -> bool:
+    """Whether ZeRO-3 keeps the weights in host memory or on disk."""
+    device = (config.get("zero_optimization", {}).get("offload_param") or {}).get("device", "none")
+    return device not in (None, "none")
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
@@ -202,7 +209,8 @@ def reconcile(config: dict[str, Any], recipe: RunRecipe, split: BatchSplit, on_g
         stage = 1
     zero = dict(resolved.get("zero_optimization", {}))
     if stage:
-        resolved["zero_optimization"] = {**zero, "stage": stage}
+        # DeepSpeed allocates the whole bucket, 500 million elements unless told otherwise, however small the model.
+        resolved["zero_optimization"] = {"reduce_bucket_size": REDUCE_BUCKET, **zero, "stage": stage}
     elif zero:
         resolved["zero_optimization"] = {**zero, "stage": 0}
     resolved["bf16"] = {**config.get("bf16", {}), "enabled": bf16}

@@ -42,6 +42,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step, the cause and what to do."""
 
 
+class SpoiltError(TrainingError):
+    """An update went wrong after it had reached the weights."""
+
+
 class OneRankError(RuntimeError):
     """Something that happened to this rank alone, so that this rank has to say it."""
 
@@ -129,10 +133,15 @@ def on_gpu() -> bool:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss of the global batch, and the gradient's norm before clipping."""
+    """One optimizer step: mean loss of the global batch, and the gradient's norm before clipping.
+
+    ``asked`` is whether any rank raised its flag, ``refused`` why the update was left out (``None`` where it was made).
+    """
 
     loss: float
     grad_norm: float
+    asked: bool = False
+    refused: str | None = None
 
 
 class Engine:
@@ -164,6 +173,8 @@ class Engine:
         start: Callable[[str], Tensor | None] | None = None,
     ):
         self.ranks = ranks
+        # Called wherever work gets on: a watchdog may listen.
+        self.touch: Callable[[], None] = lambda: None
         self.stage = zero_stage(config)
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.micro: int = config["train_micro_batch_size_per_gpu"]
@@ -216,55 +227,86 @@ class Engine:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: tuple[Tensor, ...], lr: float) -> StepResult:
+    def train_step(
+        self,
+        batch: tuple[Tensor, ...],
+        lr: float,
+        flag: bool = False,
+        judge: Callable[[float], str | None] | None = None,
+        refuse: bool = False,
+    ) -> StepResult:
         """One optimizer step on this rank's share of a global batch, in micro-batches.
 
         Args:
             batch: tensors whose first dimension is this rank's images; each micro-batch gets its slice of every one.
             lr: learning rate of the update.
+            flag: a wish of this rank that all shall know (``asked`` in the result), at no further communication.
+            judge: says what is wrong with the global batch's mean loss, before the update; the same on every rank.
+            refuse: leave a bad batch's update out, in place of raising.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; on a bad loss the weights are as before the step.
+            TrainingError: the loss is not finite or the judge objects, and the weights are as before the step; or the
+                gradient is not finite, and the weights are spoilt.
         """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        grad_norm = None
         for index in range(self.accumulation):
             part = slice(index * self.micro, (index + 1) * self.micro)
             loss = self.engine(*(self._to_device(tensor[part]) for tensor in batch))
             self.engine.backward(loss)
             total += loss.detach().double() / self.accumulation
-            if index + 1 == self.accumulation:
-                mean, bad = self._mean_over_ranks(total)
-                if bad:
-                    raise TrainingError(f"the loss became {mean} on rank{'s' * (len(bad) > 1)} {_listed(bad)}")
-                grad_norm = self._plain_grad_norm()
-            self.engine.step()
+            self.touch()
+            if index + 1 < self.accumulation:
+                self.engine.step()
+        mean, bad, asked = self._mean_over_ranks(total, flag)
+        problem = f"the loss became {mean} on rank{'s' * (len(bad) > 1)} {_listed(bad)}" if bad else None
+        if problem is None and judge is not None:
+            problem = judge(mean)
+        if problem is not None:
+            if not refuse:
+                raise TrainingError(problem)
+            with self._no_update():
+                self.engine.step()
+            return StepResult(mean, math.nan, asked, problem)
+        grad_norm = self._plain_grad_norm()
+        self.engine.step()
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
         norm = float(grad_norm if grad_norm is not None else math.nan)
         if not math.isfinite(norm):
-            raise TrainingError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
-        return StepResult(mean, norm)
+            raise SpoiltError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
+        return StepResult(mean, norm, asked)
+
+    @contextlib.contextmanager
+    def _no_update(self) -> Iterator[None]:
+        """DeepSpeed goes through its step and clears the gradients, but the optimizer leaves weights and moments alone."""
+        inner = self.engine.basic_optimizer
+        inner.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            del inner.step
 
     def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """The module's eval-mode outputs for one batch; under ZeRO-3 every rank must call it equally often."""
         self.engine.eval()
+        self.touch()
         with torch.no_grad():
             return self.engine(*(self._to_device(tensor) for tensor in batch))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.ranks.device, non_blocking=True)
 
-    def _mean_over_ranks(self, value: Tensor) -> tuple[float, list[int]]:
-        """The mean of a scalar over ranks, and the ranks whose own value is not finite."""
-        values = [torch.zeros_like(value) for _ in range(self.ranks.world_size)]
-        dist.all_gather(values, value)
-        numbers = torch.stack(values).tolist()
+    def _mean_over_ranks(self, value: Tensor, flag: bool) -> tuple[float, list[int], bool]:
+        """The mean of a scalar over ranks, the ranks whose own value is not finite, and whether any raised its flag."""
+        mine = torch.stack([value, torch.full_like(value, float(flag))])
+        values = [torch.zeros_like(mine) for _ in range(self.ranks.world_size)]
+        dist.all_gather(values, mine)
+        numbers, flags = torch.stack(values, dim=1).tolist()
         bad = [rank for rank, number in enumerate(numbers) if not math.isfinite(number)]
-        return sum(numbers) / len(numbers), bad
+        return sum(numbers) / len(numbers), bad, any(flags)
 
     def _plain_grad_norm(self) -> Tensor | None:
         # At stage 0 DeepSpeed clips without keeping the norm; ZeRO's optimizers report theirs after the step.
@@ -288,6 +330,7 @@ class Engine:
         for name, parameter in self.names.items():
             for kind in (None, *MOMENTS):
                 value = self._full(parameter, kind)
+                self.touch()
                 if keep(name):
                     yield (name if kind is None else f"{kind}/{name}"), value.detach().float().cpu().clone()
 

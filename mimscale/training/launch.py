@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -17,24 +18,26 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 5.0
 
 
-def fail(error: Exception, everywhere: bool) -> NoReturn:
-    """Say what went wrong and exit with status 1.
+def fail(error: BaseException, everywhere: bool, status: int = 1) -> NoReturn:
+    """Say what went wrong and exit.
 
     Args:
         error: its message is what the user sees.
         everywhere: whether all ranks fail alike; then only the first one speaks.
+        status: what the process exits with.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if not everywhere or rank == 0:
         where = "" if everywhere else f" (rank {rank})"
         lines = str(error).splitlines() or [type(error).__name__]
-        print("\n".join(f"mimscale: error{where}: {line}" for line in lines), file=sys.stderr, flush=True)
+        kind = "error" if status == 1 else "stopped"
+        print("\n".join(f"mimscale: {kind}{where}: {line}" for line in lines), file=sys.stderr, flush=True)
     else:
         time.sleep(GRACE_SECONDS)
     sys.stdout.flush()
     # Not sys.exit: worker and communication threads of a half-finished step could keep the process, and with it the
     # whole job, alive.
-    os._exit(1)
+    os._exit(status)
 
 
 def arguments(program: str, purpose: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,15 +78,31 @@ def launch(
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
     from mimscale.training.engine import OneRankError, TrainingError
+    from mimscale.training.preemption import REQUEUE_EXIT, Preempted
+    from mimscale.training.watchdog import lost_rank, note_end
+
+    def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
+        if not everywhere or int(os.environ.get("RANK", "0")) == 0:
+            note_end(Path(args.output) / "heartbeat", state, str(error))
+        fail(error, everywhere, status)
 
     try:
         trainer()(recipe, ds_config, args.output)
-    except (RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError) as error:
-        fail(error, everywhere=True)
+    except (RecipeError, DeepSpeedConfigError, ShardError) as error:
+        fail(error, everywhere=True)  # nothing has begun
+    except (CheckpointError, TrainingError) as error:
+        end(error, everywhere=True)
+    except Preempted as error:
+        end(error, everywhere=True, state="preempted", status=REQUEUE_EXIT)
     except (OneRankError, OSError) as error:
-        fail(error, everywhere=False)
+        end(error, everywhere=False)
+    except RuntimeError as error:
+        message = lost_rank(Path(args.output) / "heartbeat", error)
+        if message is None:
+            raise
+        end(TrainingError(message), everywhere=False)
     except KeyboardInterrupt:
-        fail(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True)  # type: ignore
+        end(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True, state="stopped")
     sys.exit(0)
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import psutil
 import torch
 from torch import Tensor
 
-from mimscale.training.ds_config import offloads_optimizer, wants_bf16, zero_stage
+from mimscale.training.ds_config import (
+    REDUCE_BUCKET,
+    offloads_optimizer,
+    offloads_parameters,
+    wants_bf16,
+    zero_stage,
+)
 from mimscale.training.engine import Ranks
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import Recipe
@@ -45,31 +54,104 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
     return total // batch
 
 
-def state_bytes(count: int, stage: int, world_size: int, bf16: bool, offload: bool) -> int:
-    """Bytes of weights, gradients and optimizer state of one rank's device.
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank's device holds at the moment of a step when it holds the most.
+
+    ``optimizer`` is the fp32 master and both moments; ``buffers`` what communication and flattening take; ``host`` what
+    offloading puts into host memory, which ``total`` leaves out.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def plan_rank(count: int, activations: int, config: dict[str, Any], world_size: int) -> RankMemory:
+    """Count what one rank holds, from what DeepSpeed 0.19 allocates at each stage.
+
+    A step has two summits: the start of the backward pass, when all activations are there, and the update, when the
+    gradients are there twice. The higher one is returned.
 
     Args:
         count: parameters of the model.
-        stage: ZeRO stage.
+        activations: bytes of one micro-batch that the forward pass keeps.
+        config: the reconciled DeepSpeed configuration.
         world_size: ranks that share what is partitioned.
-        bf16: 2-byte weights and gradients beside an fp32 master.
-        offload: the master and the moments live in host memory.
     """
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
+    bf16 = config["bf16"]["enabled"] is True
     unit = 2 if bf16 else 4
-    weights = count * unit / (world_size if stage == 3 else 1)
-    gradients = count * unit / (world_size if stage >= 2 else 1)
-    accumulated = count * 4 / (world_size if stage >= 1 else 1) if bf16 else 0
-    master = count * 4 / world_size if stage >= 1 else 0
-    moments = count * 8 / (world_size if stage >= 1 else 1)
-    return int(weights + gradients + accumulated + (0 if offload else master + moments))
+    accumulated = 4 if config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32" else unit
+    share = count / world_size
+    bucket = (
+        zero.get("reduce_bucket_size", REDUCE_BUCKET) * unit * (2 if zero.get("overlap_comm") else 1) if stage else 0
+    )
+    weights, optimizer = float(count * unit), float(count * 8)
+    gradients_then, gradients_update, buffers_then, buffers_update = 0.0, float(count * unit), float(bucket), 0.0
+    if stage == 0 and world_size > 1:
+        buffers_update = count * unit  # all-reduced as one flat copy
+    if stage:
+        optimizer = share * 12
+        gradients_update, buffers_update = share * accumulated, share * 4
+    if stage == 3:
+        weights = share * unit
+        live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
+        gradients_then = share * accumulated
+        gathered = min(count, live) * unit if world_size > 1 else 0
+        buffers_then = bucket + gathered
+        buffers_update = bucket + 4 * min(share, zero.get("sub_group_size", 10**9))
+    host = 0.0
+    if offloads_optimizer(config):
+        host, optimizer = optimizer + share * 4, 0
+        gradients_then = gradients_update = 0
+        buffers_update = bucket
+    if stage == 3 and offloads_parameters(config):
+        host, weights = host + weights, 0
+    at_backward = (gradients_then, activations, buffers_then)
+    at_update = (gradients_update, 0, buffers_update)
+    gradients, kept, buffers = max(at_backward, at_update, key=sum)
+    return RankMemory(*(int(part) for part in (weights, gradients, optimizer, kept, buffers, host)))
 
 
-def largest_micro_batch(recipe: Recipe, config: dict, ranks: Ranks) -> int:
+def rank_memory(recipe: Recipe, config: dict[str, Any], world_size: int, micro: int) -> RankMemory:
+    """What one rank of a run holds at most; ``config`` is reconciled."""
+    bf16 = config["bf16"]["enabled"] is True
+    return plan_rank(parameters(recipe), micro * activation_bytes(recipe, bf16), config, world_size)
+
+
+def largest_micro_batch(recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> int:
     """The micro-batch that ``"auto"`` may use at most: what fits the free memory of this rank's device."""
     bf16 = wants_bf16(config, ranks.device.type == "cuda")
     if ranks.device.type == "cuda":
         free = torch.cuda.mem_get_info(ranks.device)[0]
     else:
         free = psutil.virtual_memory().available // ranks.local_world_size
-    needed = state_bytes(parameters(recipe), zero_stage(config), ranks.world_size, bf16, offloads_optimizer(config))
-    return max(1, int((free * PLANNED_SHARE - needed) // activation_bytes(recipe, bf16)))
+    settled = {**config, "bf16": {"enabled": bf16}}
+    return micro_batch_that_fits(
+        parameters(recipe), activation_bytes(recipe, bf16), settled, ranks.world_size, free * PLANNED_SHARE
+    )
+
+
+def micro_batch_that_fits(count: int, activations: int, config: dict[str, Any], world_size: int, budget: float) -> int:
+    """The largest micro-batch, at least 1, whose summit stays within ``budget`` bytes.
+
+    Args:
+        count: parameters of the model.
+        activations: bytes that one image keeps.
+        config: the DeepSpeed configuration, with ``bf16.enabled`` settled.
+        world_size: ranks that share what is partitioned.
+        budget: bytes.
+    """
+    micro = 1
+    while plan_rank(count, (micro + 1) * activations, config, world_size).total <= budget:
+        micro += 1
+    return micro

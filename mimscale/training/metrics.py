@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from mimscale.models.layers import widens
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import Recipe
 
@@ -54,6 +55,8 @@ def device_peak(device: torch.device, bf16: bool) -> float:
                 return (low if bf16 else full) * 1e12
     size = 4096 if device.type == "cuda" else 768
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    if widens(matrix):
+        matrix = matrix.float()  # as the model's own products
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()

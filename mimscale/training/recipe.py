@@ -43,6 +43,12 @@ FREE_KEYS = frozenset(
         "train.compile",
         "train.reconstructions",
         "train.branch_from",
+        "train.save",
+        "train.stop_margin",
+        "train.hang_minutes",
+        "train.spike_factor",
+        "train.on_spike",
+        "train.rollback_steps",
     }
 )
 # A branch shares its trunk's past, so besides those only the length (and with it the step down) may differ.
@@ -135,7 +141,14 @@ class Schedule(Section):
 
 
 class Train(Section):
-    """How long, how many images a step, and what is written when (in iterations)."""
+    """How long, how many images a step, and what is written when (in iterations).
+
+    ``save: blocking`` writes checkpoints while training waits, and needs no copy of the state in host memory.
+    ``stop_margin`` is how many seconds before its Slurm job's time limit a run saves and stops. ``hang_minutes`` without
+    progress end a run. A loss that is not finite, or above ``spike_factor`` times the median of the last 100, stops the
+    run, skips that update, or rolls back to a checkpoint at least ``rollback_steps`` before it and leaves the batches
+    since out (``on_spike``).
+    """
 
     iterations: Positive = 125_000
     global_batch: Positive = 2048
@@ -149,6 +162,12 @@ class Train(Section):
     log_every: Positive = 1
     activation_checkpointing: bool | None = None
     compile: bool = False
+    save: Literal["async", "blocking"] = "async"
+    stop_margin: Annotated[float, Field(ge=0)] = 120
+    hang_minutes: Annotated[float, Field(gt=0)] = 10
+    spike_factor: Annotated[float, Field(gt=1)] | None = 4.0
+    on_spike: Literal["stop", "skip", "rollback"] = "stop"
+    rollback_steps: Positive = 100
 
 
 class PretrainTrain(Train):

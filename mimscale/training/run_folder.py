@@ -21,6 +21,14 @@ def write_beside(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def read_recipe_value(path: Path, key: str) -> Any:
+    """One dotted key of a written recipe, of whatever kind; ``None`` where it has no such key."""
+    value = yaml.safe_load(path.read_text())
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 class RunFolder:
     """Paths of a run's files."""
 
@@ -30,6 +38,7 @@ class RunFolder:
         self.ds_config = self.path / "ds_config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.heartbeat = self.path / "heartbeat"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
 

@@ -1,0 +1,82 @@
+"""Measure what a few training steps really allocate on a rank, to hold the memory plan against.
+
+Run by ``mimscale bench memory --allocated``, which starts the ranks; every cell is one model in one DeepSpeed
+configuration, trained for a few steps on noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from mimscale.training.ds_config import reconcile, split_batch
+from mimscale.training.engine import Engine, Ranks, start_ranks, stop_ranks
+from mimscale.training.memory import rank_memory
+from mimscale.training.objective import build_objective
+from mimscale.training.param_groups import decay_groups
+from mimscale.training.recipe import Recipe, load_recipe
+
+
+def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int) -> None:
+    engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
+    local = recipe.train.global_batch // ranks.world_size
+    generator = torch.Generator().manual_seed(ranks.rank)
+    side, grid = recipe.data.image_size, recipe.mask_grid
+    images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8, generator=generator)
+    order = torch.rand(local, grid**2, generator=generator).argsort(1)
+    mask = (order < recipe.hidden).view(local, grid, grid)
+    for _ in range(steps):
+        engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+    engine.close()
+
+
+def peak_allocated(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int = 2) -> int:
+    """Bytes that torch's allocator held at most on this rank, from building the model to the end of a few steps."""
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _train(recipe, config, ranks, steps)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train(recipe, config, ranks, steps)
+        gc.collect()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def main(argv: list[str]) -> None:
+    """Measure every cell of a JSON list, ``{"recipe", "overrides", "config"}`` each, and write the figures as JSON.
+
+    Args:
+        argv: the JSON list, and the file that the first rank writes: ``{"allocated", "planned"}`` bytes for each cell, the
+            rank that took the most.
+    """
+    cells, output = json.loads(argv[0]), argv[1]
+    ranks = start_ranks()
+    figures = []
+    for cell in cells:
+        recipe: Recipe = load_recipe(cell["recipe"], cell["overrides"])
+        split = split_batch(cell["config"], recipe.train.global_batch, ranks.world_size, None)
+        config = reconcile(cell["config"], recipe, split, ranks.device.type == "cuda")
+        peaks: list[int] = [0] * ranks.world_size
+        dist.all_gather_object(peaks, peak_allocated(recipe, config, ranks))
+        planned = rank_memory(recipe, config, ranks.world_size, split.micro)
+        figures.append({"allocated": max(peaks), "planned": planned.total})
+    if ranks.is_first:
+        Path(output).write_text(json.dumps(figures))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

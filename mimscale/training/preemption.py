@@ -1,0 +1,50 @@
+"""Stopping in time: signals and time limits end a run after a step, saved, with a status that asks to be queued again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+# EX_TEMPFAIL of sysexits.h: failed for now, try again. The Slurm files requeue a job that ends so.
+REQUEUE_EXIT = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved, and goes on when it is started again."""
+
+
+class StopRequests:
+    """Notes what asks this process to stop, while the ``with`` block lasts.
+
+    Args:
+        margin_seconds: how long before the end of its Slurm job a run stops by itself.
+    """
+
+    def __init__(self, margin_seconds: float):
+        self.reason: str | None = None
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self.stop_at = float(end) - margin_seconds if end.isdigit() else None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequests:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:
+            self._before = {}  # not the main thread: whoever runs us there handles signals
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+    def wanted(self) -> str | None:
+        """Why this rank should stop now, or ``None``."""
+        if self.reason is None and self.stop_at is not None and time.time() >= self.stop_at:
+            self.reason = "the job's time limit"
+        return self.reason

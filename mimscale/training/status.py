@@ -1,0 +1,125 @@
+"""``mimscale status``: how runs are getting on, read from their folders by anyone who can see them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimscale.training.checkpoint import saved_steps
+from mimscale.training.metrics import MetricsLog, duration
+from mimscale.training.run_folder import read_recipe_value
+from mimscale.training.watchdog import BEAT_SECONDS, laggards, read_heartbeats
+
+REFRESH_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run: its state, where it is, and a line on its health."""
+
+    run: Path
+    state: str
+    step: int
+    total: int | None
+    figures: str
+    health: str
+
+    def __str__(self) -> str:
+        share = f" ({self.step / self.total:.0%})" if self.total else ""
+        lines = [f"{self.run}: {self.state}, step {self.step}{f'/{self.total}' if self.total else ''}{share}"]
+        return "\n  ".join([*lines, *(text for text in (self.figures, self.health) if text)])
+
+
+def status(run: Path) -> Status:
+    """Look at one run folder.
+
+    Raises:
+        FileNotFoundError: it is no run folder.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise FileNotFoundError(f"{run} is no run folder: it has no recipe.yaml")
+    total = read_recipe_value(run / "recipe.yaml", "train.iterations")
+    records = MetricsLog(run / "metrics.jsonl").read()
+    training = [record for record in records if "loss" in record]
+    step = records[-1]["step"] if records else 0
+    state, health = _state(run)
+    return Status(run, state, step, total, _figures(run, training, records, step, total), health)
+
+
+def _state(run: Path) -> tuple[str, str]:
+    if (run / "result.json").exists():
+        return "finished", ""
+    end = run / "heartbeat" / "end.json"
+    beats = read_heartbeats(run / "heartbeat")
+    now = time.time()
+    if end.exists():
+        try:
+            said = json.loads(end.read_text())
+            return said["state"], f"{duration(now - said['time'])} ago: {said['message']}"
+        except (OSError, ValueError, KeyError):
+            pass
+    if not beats:
+        return "not started", ""
+    newest = max(beat.beat for beat in beats)
+    if now - newest > 3 * BEAT_SECONDS:
+        return (
+            "ended without a word",
+            f"last sign of life {duration(now - newest)} ago: {max(beats, key=lambda b: b.beat).place}",
+        )
+    silent = [beat for beat, what in laggards(beats, now) if what == "shows no life"]
+    if silent:
+        return "stalled", "no life: " + "; ".join(beat.place for beat in silent[:4])
+    slowest = min(beats, key=lambda beat: (beat.step, beat.since))
+    return "running", f"{len(beats)} ranks; {slowest.place} for {duration(now - slowest.since)}"
+
+
+def _figures(run: Path, training: list[dict], records: list[dict], step: int, total: int | None) -> str:
+    parts = []
+    if training:
+        last = training[-20:]
+        parts.append(f"loss {statistics.median(record['loss'] for record in last):.4f}")
+        rate = statistics.median(record["images_per_s"] for record in last)
+        parts.append(f"{rate:.1f} images/s")
+        batch = read_recipe_value(run / "recipe.yaml", "train.global_batch")
+        if total and batch and rate > 0 and step < total:
+            parts.append(f"ETA {duration((total - step) * batch / rate)}")
+    validations = [record for record in records if "val_loss" in record]
+    if validations:
+        parts.append(f"validation {validations[-1]['val_loss']:.4f} at step {validations[-1]['step']}")
+    saved = saved_steps(run)
+    parts.append(f"checkpoint of step {saved[-1]}" if saved else "no checkpoint yet")
+    return " | ".join(parts)
+
+
+def _runs(paths: list[Path]) -> list[Path]:
+    """Run folders among ``paths``, and those directly inside the others."""
+    found = []
+    for path in paths:
+        inside = sorted(child.parent for child in path.glob("*/recipe.yaml"))
+        found += [path] if (path / "recipe.yaml").exists() or not inside else inside
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: status 0 when every run is finished or running, else 1."""
+    parser = argparse.ArgumentParser(prog="mimscale status", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
+    parser.add_argument("--watch", action="store_true", help=f"look again every {REFRESH_SECONDS} seconds")
+    arguments = parser.parse_args(argv)
+    while True:
+        try:
+            found = [status(run) for run in _runs(arguments.runs)]
+        except FileNotFoundError as error:
+            print(f"mimscale: error: {error}", file=sys.stderr)
+            return 1
+        text = "\n".join(map(str, found))
+        if not arguments.watch:
+            print(text)
+            return 0 if all(one.state in ("finished", "running") for one in found) else 1
+        print(f"\x1b[2J\x1b[H{text}", flush=True)
+        time.sleep(REFRESH_SECONDS)

@@ -1,0 +1,197 @@
+"""Who is where: every rank leaves a heartbeat in the run folder, and ends the run when nobody gets on.
+
+A stuck collective says nothing of the rank that it waits for. The heartbeats do: each holds the rank's step, what it is
+doing and on which samples. Ranks write them from a thread, so that a rank whose main thread is stuck still shows that it is
+alive, and one that is stopped or gone shows that it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mimscale.training.engine import Ranks
+from mimscale.training.run_folder import write_beside
+
+BEAT_SECONDS = 5.0
+# Until the first step is done, compiling and tracing may take this long.
+START_MINUTES = 30.0
+# In the messages of gloo and NCCL.
+BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out")
+
+
+@dataclass
+class Heartbeat:
+    """Where one rank is. Times are seconds since 1970; ``keys`` are the first samples of its batch."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    since: float
+    beat: float
+    keys: list[str]
+
+    @property
+    def place(self) -> str:
+        """Rank, host, step, phase and samples, in words."""
+        samples = f", samples {', '.join(self.keys[:4])}" if self.keys and self.phase == "step" else ""
+        return f"rank {self.rank} on {self.host} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
+
+
+PHASES = {
+    "start": "starting at step",
+    "data": "waiting for the data of step",
+    "step": "in step",
+    "validate": "validating after step",
+    "save": "saving after step",
+}
+
+
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The newest heartbeat of every rank, in the order of the ranks; unreadable ones are left out."""
+    found = []
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            found.append(Heartbeat(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def _gone(beat: Heartbeat, now: float) -> bool:
+    """Whether a rank shows no life: its process is not there, or has not written for three beats."""
+    if beat.host == socket.gethostname():
+        try:
+            os.kill(beat.pid, 0)
+        except OSError:
+            return True
+    return now - beat.beat > 3 * BEAT_SECONDS
+
+
+def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
+    """The ranks that the others wait for, each with what is wrong with it.
+
+    Ranks without a sign of life come first; else those at the lowest step, and among them those that do not compute.
+    """
+    silent = [(beat, "shows no life") for beat in beats if _gone(beat, now)]
+    if silent or not beats:
+        return silent
+    lowest = min(beat.step for beat in beats)
+    behind = [beat for beat in beats if beat.step == lowest]
+    elsewhere = [beat for beat in behind if beat.phase == "data"]
+    if len(behind) == len(beats) and not elsewhere:
+        return [(beat, "waits in the same collective as all others") for beat in beats]
+    return [(beat, "does not get on") for beat in (elsewhere or behind)]
+
+
+class Watchdog:
+    """One rank's heartbeat and its eye on the others, while the ``with`` block lasts.
+
+    Args:
+        folder: where heartbeats lie, on a file system that all ranks share.
+        ranks: of this run.
+        step: updates made so far.
+        hang_minutes: no progress for this long ends the run.
+        end: called with the message when it does; by default the process says it and exits with status 1.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, step: int, hang_minutes: float, end: Callable[[str], None] | None = None
+    ):
+        self.folder, self.hang = folder, hang_minutes * 60
+        self.end = end or self._end
+        now = time.time()
+        self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, [])
+        self.first_step: int | None = None
+        self.started_at = step
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def note(self, phase: str, step: int, keys: list[str] | None = None) -> None:
+        """Progress: this rank now does ``phase`` (see PHASES) at ``step``."""
+        self.beat.phase, self.beat.step, self.beat.since = phase, step, time.time()
+        if keys is not None:
+            self.beat.keys = keys[:8]
+
+    def touch(self) -> None:
+        """Progress within a phase."""
+        self.beat.since = time.time()
+
+    def _write(self) -> None:
+        self.beat.beat = time.time()
+        with contextlib.suppress(OSError):  # a full disk must not end what saves will report
+            write_beside(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
+
+    def _bound(self) -> float:
+        return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
+
+    def _watch(self) -> None:
+        pause = min(BEAT_SECONDS, self.hang / 4)
+        while not self._stop.wait(pause):
+            self._write()
+            still = time.time() - self.beat.since
+            if still > self._bound():
+                self.end(self.verdict(still))
+                return
+
+    def verdict(self, still: float) -> str:
+        """One message on a run that has not got on for ``still`` seconds."""
+        found = laggards(read_heartbeats(self.folder), time.time())
+        named = "; ".join(f"{beat.place} {what}" for beat, what in found[:4])
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        return (
+            f"no progress for {still:.0f} s (train.hang_minutes={self.hang / 60:g}): {named or 'no heartbeat is readable'}"
+            f"{more}. Look at that host; the same command goes on from the last checkpoint"
+        )
+
+    def _end(self, message: str) -> None:
+        # The lowest rank that is well speaks; the others give it time to.
+        beats = read_heartbeats(self.folder)
+        silent = {beat.rank for beat in beats if _gone(beat, time.time())}
+        speaker = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
+        if self.beat.rank == speaker:
+            note_end(self.folder, "failed", message)
+            print(f"mimscale: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+        os._exit(1)
+
+
+def lost_rank(folder: Path, error: RuntimeError) -> str | None:
+    """What to say when a collective broke: which ranks are gone. ``None`` where ``error`` is about something else."""
+    text = str(error)
+    if not any(sign in text for sign in BROKEN_LINK):
+        return None
+    time.sleep(1)  # a process that is being killed may be there still
+    gone = [beat.place for beat in read_heartbeats(folder) if _gone(beat, time.time())]
+    lost = f"lost {'; '.join(gone[:4])}" if gone else "the link to another rank broke"
+    return (
+        f"{lost}; the log of that rank or its host says why. The same command goes on from the last checkpoint ({text})"
+    )
+
+
+def note_end(folder: Path, state: str, message: str) -> None:
+    """Leave word of how a start of the run ended, for ``mimscale status``."""
+    said = {"state": state, "message": message, "time": time.time(), "pid": os.getpid()}
+    with contextlib.suppress(OSError):
+        write_beside(folder / "end.json", json.dumps(said))
