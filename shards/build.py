@@ -16,6 +16,7 @@ from pathlib import Path
 # Runs from a clone that is not installed, too.
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from annotated_json import AnnotatedJson
 from image_folder import ImageFolder
 from imagenet_archives import ClassTars, PlainTar
 from shard_folder import ShardFolder
@@ -89,7 +90,7 @@ def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
 def open_source(
     path: Path, labels: Path | None = None, fraction: str | None = None, default: str = "100"
 ) -> writer.Source:
-    """Whatever ``path`` is, as a source: a shard folder, class tars in a folder or an archive, a tar, an image folder.
+    """Whatever ``path`` is, as a source: a shard folder, class tars in a folder or an archive, a tar, an image folder, a json.
 
     Raises:
         ShardError: it is none of these, or damaged.
@@ -104,6 +105,8 @@ def open_source(
         return ImageFolder(path)
     if not path.exists():
         raise ShardError(f"{path}: no such file or folder")
+    if path.suffix == ".json":
+        return AnnotatedJson(path)
     if labels is None:
         try:
             return ClassTars(path)
@@ -137,9 +140,18 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
     if index.rejected:
         print(
-            f"{index.rejected} files could not be decoded and were left out: {options.out / REJECTED_NAME} names them"
+            f"{index.rejected} images could not be read or had no class and were left out: {options.out / REJECTED_NAME} "
+            "names them"
         )
+    if empty := _empty_classes(options.out):
+        print(f"{len(empty)} of {len(index.classes)} classes have no training image: {', '.join(empty[:10])}")
     return 0
+
+
+def _empty_classes(out: Path) -> list[str]:
+    index = ShardIndex.load(out)
+    present = set(index.labels(index.samples("100")).tolist())
+    return [name for label, name in enumerate(index.classes) if label not in present]
 
 
 def _index(options: argparse.Namespace) -> int:
@@ -188,7 +200,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="SRC",
-        help="training images: a folder of class folders, or flat; an archive of class tars, or a folder of them; a shard folder",
+        help="training images: a folder of class folders, or flat; an archive of class tars, or a folder of them; "
+        "a json of images, annotations and categories; a shard folder",
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     build.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")

@@ -57,27 +57,39 @@ class FolderClass(ScanTask):
     def run(self) -> Found:
         """List the class; every image's structure is looked at."""
         paths = _image_paths(self.folder)
-        found = Found(self.folder, self.label)
-        for path, stem in zip(paths, unique(paths, _stem), strict=True):
-            full = f"{self.folder}/{path}"
-            try:
-                descriptor = os.open(full, os.O_RDONLY)
-            except OSError as error:
-                found.rejected.append((full, f"cannot be opened: {error.strerror}"))
-                continue
-            try:
-                size = os.fstat(descriptor).st_size
-                kind = decode.identify(partial(_pread, descriptor), size, self.thorough)
-            except (DamagedSample, OSError) as error:
-                found.rejected.append((full, str(error)))
-                continue
-            finally:
-                os.close(descriptor)
-            found.keys.append(f"{self.prefix}/{stem}".encode())
-            found.names.append(path)
-            found.sizes.append(size)
-            found.kinds.append(kind)
-        return found
+        return listed_images(Found(self.folder, self.label), paths, paths, self.prefix, self.thorough)
+
+
+def listed_images(found: Found, paths: list[str], names: list[str], prefix: str, thorough: bool) -> Found:
+    """Add images to ``found`` after a look at the structure of each; what is no image is rejected.
+
+    Args:
+        found: of a class; its container is what the paths are below.
+        paths: of the images.
+        names: what their keys are made of.
+        prefix: what their keys start with.
+        thorough: decode every image.
+    """
+    for path, stem in zip(paths, unique(names, _stem), strict=True):
+        full = f"{found.container}/{path}"
+        try:
+            descriptor = os.open(full, os.O_RDONLY)
+        except OSError as error:
+            found.rejected.append((full, f"cannot be opened: {error.strerror}"))
+            continue
+        try:
+            size = os.fstat(descriptor).st_size
+            kind = decode.identify(partial(_pread, descriptor), size, thorough)
+        except (DamagedSample, OSError) as error:
+            found.rejected.append((full, str(error)))
+            continue
+        finally:
+            os.close(descriptor)
+        found.keys.append(f"{prefix}/{stem}".encode())
+        found.names.append(path)
+        found.sizes.append(size)
+        found.kinds.append(kind)
+    return found
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:
