@@ -140,8 +140,8 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
     if index.rejected:
         print(
-            f"{index.rejected} images could not be read or had no class and were left out: {options.out / REJECTED_NAME} "
-            "names them"
+            f"{index.rejected} files could not be decoded, or had no class, and were left out: "
+            f"{options.out / REJECTED_NAME} names them"
         )
     if empty := _empty_classes(options.out):
         print(f"{len(empty)} of {len(index.classes)} classes have no training image: {', '.join(empty[:10])}")

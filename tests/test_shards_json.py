@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import build
@@ -15,7 +14,7 @@ from mimscale.data import ShardIndex
 @pytest.fixture
 def listed(solar_folders, tmp_path) -> Path:
     """A folder with the photographs and a train.json that lists 4 of each of the 8 classes; ids do not start at 0."""
-    os.symlink(solar_folders / "train", tmp_path / "photographs")
+    (tmp_path / "photographs").symlink_to(solar_folders / "train")
     names = sorted(folder.name for folder in (solar_folders / "train").iterdir())
     content: dict = {"images": [], "annotations": [], "categories": []}
     for number, name in enumerate(names):
