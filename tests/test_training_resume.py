@@ -1,7 +1,6 @@
 """A killed, damaged or moved run goes on as if nothing had happened."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from training_runs import ENVIRONMENT, ROOT, TINY, launcher, losses, records, ru
 from mimscale.training.checkpoint import saved_steps
 from mimscale.training.preemption import REQUEUE_EXIT
 from mimscale.training.status import status
+from mimscale.training.watchdog import read_heartbeats
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
@@ -58,14 +58,18 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None
         time.sleep(0.01)
 
 
-def rank_pids(process: subprocess.Popen) -> list[int]:
-    """The ranks' processes, in their order."""
-    found = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        words = " ".join(child.cmdline())
-        if "pretrain.py" in words and (local := re.search(r"--local_rank=(\d+)", words)) and "launch" not in words[:60]:
-            found.setdefault(int(local[1]), child.pid)
-    return [pid for _, pid in sorted(found.items())]
+def rank_pids(run: Path, process: subprocess.Popen) -> list[int]:
+    """The ranks' processes, once all of them train."""
+    pids: list[int] = []
+
+    def training() -> bool:
+        own = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        beats = read_heartbeats(run / "heartbeat")
+        pids[:] = [beat.pid for beat in beats if beat.pid in own and beat.phase != "start"]
+        return len(pids) == 2
+
+    wait_for(training, process)
+    return pids
 
 
 def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undisturbed):
@@ -83,9 +87,7 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
     kill_everything(process)
 
     process = start(run, config, base)
-    begun = saved_steps(run)[-1]
-    wait_for(lambda: logged() >= begun + 2, process)
-    os.kill(rank_pids(process)[1], signal.SIGSTOP)
+    os.kill(rank_pids(run, process)[1], signal.SIGSTOP)
     said = b""
     while b"no progress for" not in said:
         line = process.stdout.readline()
@@ -97,9 +99,7 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
     assert status(run).state == "failed"
 
     process = start(run, config, base)
-    begun = saved_steps(run)[-1]
-    wait_for(lambda: logged() >= begun + 2, process)
-    os.kill(rank_pids(process)[1], signal.SIGUSR1)
+    os.kill(rank_pids(run, process)[1], signal.SIGUSR1)
     output = process.communicate(timeout=100)[0].decode()
     assert process.returncode == REQUEUE_EXIT, output[-3000:]
     assert f"after step {saved_steps(run)[-1]}, which is saved" in output

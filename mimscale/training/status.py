@@ -13,7 +13,7 @@ from pathlib import Path
 from mimscale.training.checkpoint import saved_steps
 from mimscale.training.metrics import MetricsLog, duration
 from mimscale.training.run_folder import read_recipe_value
-from mimscale.training.watchdog import BEAT_SECONDS, laggards, read_heartbeats
+from mimscale.training.watchdog import read_heartbeats
 
 REFRESH_SECONDS = 5
 
@@ -65,13 +65,10 @@ def _state(run: Path) -> tuple[str, str]:
             pass
     if not beats:
         return "not started", ""
-    newest = max(beat.beat for beat in beats)
-    if now - newest > 3 * BEAT_SECONDS:
-        return (
-            "ended without a word",
-            f"last sign of life {duration(now - newest)} ago: {max(beats, key=lambda b: b.beat).place}",
-        )
-    silent = [beat for beat, what in laggards(beats, now) if what == "shows no life"]
+    silent = [beat for beat in beats if beat.is_silent(now)]
+    if len(silent) == len(beats):
+        newest = max(beats, key=lambda beat: beat.beat)
+        return "ended without a word", f"last sign of life {duration(now - newest.beat)} ago: {newest.place}"
     if silent:
         return "stalled", "no life: " + "; ".join(beat.place for beat in silent[:4])
     slowest = min(beats, key=lambda beat: (beat.step, beat.since))

@@ -22,6 +22,7 @@ from mimscale.training.engine import Ranks
 from mimscale.training.run_folder import write_beside
 
 BEAT_SECONDS = 5.0
+MISSED_BEATS = 3  # make a rank one without a sign of life
 # Until the first step is done, compiling and tracing may take this long.
 START_MINUTES = 30.0
 # In the messages of gloo and NCCL.
@@ -30,7 +31,11 @@ BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL",
 
 @dataclass
 class Heartbeat:
-    """Where one rank is. Times are seconds since 1970; ``keys`` are the first samples of its batch."""
+    """Where one rank is.
+
+    ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970; it writes ``every`` so many seconds.
+    ``keys`` are the first samples of its batch.
+    """
 
     rank: int
     host: str
@@ -39,6 +44,7 @@ class Heartbeat:
     phase: str
     since: float
     beat: float
+    every: float
     keys: list[str]
 
     @property
@@ -46,6 +52,15 @@ class Heartbeat:
         """Rank, host, step, phase and samples, in words."""
         samples = f", samples {', '.join(self.keys[:4])}" if self.keys and self.phase == "step" else ""
         return f"rank {self.rank} on {self.host} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
+
+    def is_silent(self, now: float) -> bool:
+        """Whether the rank shows no life: its process is not there, or has missed its beats."""
+        if self.host == socket.gethostname():
+            try:
+                os.kill(self.pid, 0)
+            except OSError:
+                return True
+        return now - self.beat > MISSED_BEATS * self.every
 
 
 PHASES = {
@@ -68,22 +83,12 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     return found
 
 
-def _gone(beat: Heartbeat, now: float) -> bool:
-    """Whether a rank shows no life: its process is not there, or has not written for three beats."""
-    if beat.host == socket.gethostname():
-        try:
-            os.kill(beat.pid, 0)
-        except OSError:
-            return True
-    return now - beat.beat > 3 * BEAT_SECONDS
-
-
 def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
     """The ranks that the others wait for, each with what is wrong with it.
 
     Ranks without a sign of life come first; else those at the lowest step, and among them those that do not compute.
     """
-    silent = [(beat, "shows no life") for beat in beats if _gone(beat, now)]
+    silent = [(beat, "shows no life") for beat in beats if beat.is_silent(now)]
     if silent or not beats:
         return silent
     lowest = min(beat.step for beat in beats)
@@ -110,8 +115,8 @@ class Watchdog:
     ):
         self.folder, self.hang = folder, hang_minutes * 60
         self.end = end or self._end
-        now = time.time()
-        self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, [])
+        now, every = time.time(), min(BEAT_SECONDS, self.hang / 6)
+        self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [])
         self.first_step: int | None = None
         self.started_at = step
         self._stop = threading.Event()
@@ -146,8 +151,7 @@ class Watchdog:
         return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
 
     def _watch(self) -> None:
-        pause = min(BEAT_SECONDS, self.hang / 4)
-        while not self._stop.wait(pause):
+        while not self._stop.wait(self.beat.every):
             self._write()
             still = time.time() - self.beat.since
             if still > self._bound():
@@ -167,7 +171,7 @@ class Watchdog:
     def _end(self, message: str) -> None:
         # The lowest rank that is well speaks; the others give it time to.
         beats = read_heartbeats(self.folder)
-        silent = {beat.rank for beat in beats if _gone(beat, time.time())}
+        silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
         speaker = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
         if self.beat.rank == speaker:
             note_end(self.folder, "failed", message)
@@ -183,7 +187,7 @@ def lost_rank(folder: Path, error: RuntimeError) -> str | None:
     if not any(sign in text for sign in BROKEN_LINK):
         return None
     time.sleep(1)  # a process that is being killed may be there still
-    gone = [beat.place for beat in read_heartbeats(folder) if _gone(beat, time.time())]
+    gone = [beat.place for beat in read_heartbeats(folder) if beat.is_silent(time.time())]
     lost = f"lost {'; '.join(gone[:4])}" if gone else "the link to another rank broke"
     return (
         f"{lost}; the log of that rank or its host says why. The same command goes on from the last checkpoint ({text})"
