@@ -119,7 +119,7 @@ class AnnotatedJson:
             raise _fail(self.path, f"{len(unknown)} classes are not in the training images", unknown)
         prefix_of = dict(zip(label_of, unique(label_of), strict=True))
         left_out = tuple((f"{self.folder}/{name}", "has no annotation") for name in sorted(self._members[-1]))
-        tasks = []
+        tasks: list[ScanTask] = []
         for own, name in enumerate(self.classes):
             if paths := tuple(sorted(self._members[own])):
                 tasks.append(ListedClass(str(self.folder), paths, prefix_of[name], label_of[name], thorough, left_out))

@@ -24,10 +24,10 @@ from mimscale.training.recipe import Recipe
 PLANNED_SHARE = 0.7
 
 
-def parameters(recipe: Recipe) -> int:
-    """Number of parameters of the whole MIM model."""
+def parameter_sizes(recipe: Recipe) -> list[int]:
+    """Elements of every parameter of the whole MIM model."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_objective(recipe).parameters())
+        return [p.numel() for p in build_objective(recipe).parameters()]
 
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
@@ -75,57 +75,54 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def plan_rank(count: int, activations: int, config: dict[str, Any], world_size: int) -> RankMemory:
+def plan_rank(sizes: list[int], activations: int, config: dict[str, Any], world_size: int) -> RankMemory:
     """Count what one rank holds, from what DeepSpeed 0.19 allocates at each stage.
 
-    A step has two summits: the start of the backward pass, when all activations are there, and the update, when the
-    gradients are there twice. The higher one is returned.
+    A step has two summits: the backward pass, which starts with all activations and fills buckets on its way, and the
+    update, when the gradients are there twice. The higher one is returned.
 
     Args:
-        count: parameters of the model.
+        sizes: elements of every parameter.
         activations: bytes of one micro-batch that the forward pass keeps.
         config: the reconciled DeepSpeed configuration.
         world_size: ranks that share what is partitioned.
     """
     stage, zero = zero_stage(config), config.get("zero_optimization", {})
-    bf16 = config["bf16"]["enabled"] is True
-    unit = 2 if bf16 else 4
+    unit = 2 if config["bf16"]["enabled"] is True else 4
     accumulated = 4 if config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32" else unit
-    share = count / world_size
-    bucket = (
-        zero.get("reduce_bucket_size", REDUCE_BUCKET) * unit * (2 if zero.get("overlap_comm") else 1) if stage else 0
-    )
-    weights, optimizer = float(count * unit), float(count * 8)
-    gradients_then, gradients_update, buffers_then, buffers_update = 0.0, float(count * unit), float(bucket), 0.0
-    if stage == 0 and world_size > 1:
-        buffers_update = count * unit  # all-reduced as one flat copy
-    if stage:
-        optimizer = share * 12
-        gradients_update, buffers_update = share * accumulated, share * 4
+    count, share = sum(sizes), sum(sizes) / world_size
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET) * unit * (2 if zero.get("overlap_comm") else 1)
+    if stage == 0:
+        # The gradients are reduced as one flat copy.
+        weights, optimizer = float(count * unit), float(count * 8)
+        backward = (0.0, float(activations), 0.0)
+        update = (float(count * unit), 0.0, float(count * unit))
+    else:
+        weights, optimizer = float(count * unit), share * 12
+        backward = (0.0, float(max(activations, count * unit if stage == 1 else 0)), float(bucket))
+        update = (share * accumulated, 0.0, share * 4)
     if stage == 3:
-        weights = share * unit
+        small = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", 100_000))
+        weights = share * unit + small * unit * (1 - 1 / world_size)
         live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
-        gradients_then = share * accumulated
-        gathered = min(count, live) * unit if world_size > 1 else 0
-        buffers_then = bucket + gathered
-        buffers_update = bucket + 4 * min(share, zero.get("sub_group_size", 10**9))
+        gathered = min(count - small, live) * unit
+        scattered = min(bucket, count * unit) * (1 + 1 / world_size) if world_size > 1 else 0
+        backward = (share * accumulated, float(activations), bucket + gathered + scattered)
+        update = (share * accumulated, 0.0, bucket + 4 * min(share, zero.get("sub_group_size", 10**9)))
     host = 0.0
     if offloads_optimizer(config):
-        host, optimizer = optimizer + share * 4, 0
-        gradients_then = gradients_update = 0
-        buffers_update = bucket
+        host, optimizer = optimizer + share * accumulated, 0.0
+        backward, update = (0.0, *backward[1:]), (0.0, 0.0, float(bucket))
     if stage == 3 and offloads_parameters(config):
-        host, weights = host + weights, 0
-    at_backward = (gradients_then, activations, buffers_then)
-    at_update = (gradients_update, 0, buffers_update)
-    gradients, kept, buffers = max(at_backward, at_update, key=sum)
+        host, weights = host + weights, 0.0
+    gradients, kept, buffers = max(backward, update, key=sum)
     return RankMemory(*(int(part) for part in (weights, gradients, optimizer, kept, buffers, host)))
 
 
 def rank_memory(recipe: Recipe, config: dict[str, Any], world_size: int, micro: int) -> RankMemory:
     """What one rank of a run holds at most; ``config`` is reconciled."""
     bf16 = config["bf16"]["enabled"] is True
-    return plan_rank(parameters(recipe), micro * activation_bytes(recipe, bf16), config, world_size)
+    return plan_rank(parameter_sizes(recipe), micro * activation_bytes(recipe, bf16), config, world_size)
 
 
 def largest_micro_batch(recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> int:
@@ -137,21 +134,23 @@ def largest_micro_batch(recipe: Recipe, config: dict[str, Any], ranks: Ranks) ->
         free = psutil.virtual_memory().available // ranks.local_world_size
     settled = {**config, "bf16": {"enabled": bf16}}
     return micro_batch_that_fits(
-        parameters(recipe), activation_bytes(recipe, bf16), settled, ranks.world_size, free * PLANNED_SHARE
+        parameter_sizes(recipe), activation_bytes(recipe, bf16), settled, ranks.world_size, free * PLANNED_SHARE
     )
 
 
-def micro_batch_that_fits(count: int, activations: int, config: dict[str, Any], world_size: int, budget: float) -> int:
+def micro_batch_that_fits(
+    sizes: list[int], activations: int, config: dict[str, Any], world_size: int, budget: float
+) -> int:
     """The largest micro-batch, at least 1, whose summit stays within ``budget`` bytes.
 
     Args:
-        count: parameters of the model.
+        sizes: elements of every parameter.
         activations: bytes that one image keeps.
         config: the DeepSpeed configuration, with ``bf16.enabled`` settled.
         world_size: ranks that share what is partitioned.
         budget: bytes.
     """
     micro = 1
-    while plan_rank(count, (micro + 1) * activations, config, world_size).total <= budget:
+    while plan_rank(sizes, (micro + 1) * activations, config, world_size).total <= budget:
         micro += 1
     return micro

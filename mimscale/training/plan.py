@@ -16,7 +16,7 @@ from mimscale.training.memory import (
     RankMemory,
     activation_bytes,
     micro_batch_that_fits,
-    parameters,
+    parameter_sizes,
     plan_rank,
 )
 from mimscale.training.metrics import GPU_PEAKS, MetricsLog, flops_per_image
@@ -75,10 +75,10 @@ def ds_config(stage: int, offload: tuple[str, ...], checkpointing: bool) -> dict
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be trained where: ``parameters`` in all, ``activations`` bytes an image, ``budget`` bytes a GPU."""
+    """What is to be trained where: the elements of every parameter, activations in bytes an image, a GPU's budget in bytes."""
 
     recipe: Recipe
-    parameters: int
+    sizes: list[int]
     activations: int
     gpus: int
     budget: float
@@ -86,7 +86,7 @@ class Load:
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, gpu_bytes: float) -> Load:
         """Count the recipe's model on the meta device."""
-        return cls(recipe, parameters(recipe), activation_bytes(recipe, bf16=True), gpus, gpu_bytes * GPU_SHARE)
+        return cls(recipe, parameter_sizes(recipe), activation_bytes(recipe, bf16=True), gpus, gpu_bytes * GPU_SHARE)
 
 
 def plan_way(load: Load, stage: int, offload: tuple[str, ...], micro: int | None = None) -> Way:
@@ -103,11 +103,11 @@ def plan_way(load: Load, stage: int, offload: tuple[str, ...], micro: int | None
     """
     recipe, gpus = load.recipe, load.gpus
     config = ds_config(stage, offload, recipe.train.activation_checkpointing is True)
-    bound = micro_batch_that_fits(load.parameters, load.activations, config, gpus, load.budget)
+    bound = micro_batch_that_fits(load.sizes, load.activations, config, gpus, load.budget)
     config["train_micro_batch_size_per_gpu"] = micro or "auto"
     split = split_batch(config, recipe.train.global_batch, gpus, bound)
     resolved = reconcile(config, recipe, split, on_gpu=True)
-    memory = plan_rank(load.parameters, split.micro * load.activations, resolved, gpus)
+    memory = plan_rank(load.sizes, split.micro * load.activations, resolved, gpus)
     written = copy.deepcopy(config) | {"train_micro_batch_size_per_gpu": split.micro}
     return Way(stage, offload, written, split.micro, memory, memory.total <= load.budget)
 
@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
         chosen = fitting[0] if fitting else ways[-1]
     recomputed = "every block recomputed" if recipe.train.activation_checkpointing else "nothing recomputed"
     print(
-        f"{recipe.model.name} with {recipe.mim.objective}: {load.parameters / 1e6:,.1f} M parameters on {arguments.gpus} "
+        f"{recipe.model.name} with {recipe.mim.objective}: {sum(load.sizes) / 1e6:,.1f} M parameters on {arguments.gpus} "
         f"GPUs in bf16, {recomputed}, batch {recipe.train.global_batch}\n"
     )
     print(_table(ways, gpu_bytes) + "\n")

@@ -145,6 +145,6 @@ def _encoder_of(checkpoint: Checkpoint) -> Any:
     values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
     with torch.device("meta"):
         if "mim" in values:
-            return build_objective(resolve(values, where)).model.encoder  # type: ignore[union-attr]
+            return build_objective(resolve(values, where)).model.encoder
         kind = task_class(values.get("task"))
         return kind.bare_encoder(resolve(values, where, kind.schema))

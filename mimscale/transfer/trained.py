@@ -132,12 +132,12 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
         return FrozenEncoder(encoder, encoder.img_size[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), name)
     if "task" in read_yaml(recipe_file):
         recipe = load_finetune_recipe(recipe_file)
-        encoder = make_encoder(recipe, recipe.data.image_size)  # type: ignore[attr-defined]
+        encoder = make_encoder(recipe, recipe.data.image_size)
     else:
         recipe = load_recipe(recipe_file, (), Recipe)
         encoder = build_objective(recipe).model.encoder
     load_released(encoder, path)
-    return _frozen(encoder, recipe.data.image_size, recipe, name)  # type: ignore[attr-defined]
+    return _frozen(encoder, recipe.data.image_size, recipe, name)
 
 
 def _frozen(encoder: Any, image_size: int, recipe: Any, name: str) -> FrozenEncoder:
