@@ -10,8 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
-import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.recipe import RunRecipe
+from mimscale.training.rendezvous import rendezvous
 
 # DeepSpeed calls collectives by their former names; torch would say so several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
@@ -66,44 +65,19 @@ class Ranks:
         return self.rank == 0
 
 
-def _slurm_environment() -> dict[str, str]:
-    """Rendezvous variables from Slurm's own, for tasks started by srun without ssh."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    first = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-    ).stdout.split()[0]
-    # Jobs that share a node need ports of their own.
-    port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 40000
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ["SLURM_NTASKS"]).split("(")[0],
-        "MASTER_ADDR": first,
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def start_ranks(timeout_minutes: float = 30) -> Ranks:
     """Join the process group of whoever launched us: ``deepspeed``, ``torchrun``, ``srun``, or nobody (one process)."""
-    if "RANK" not in os.environ:
-        if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            os.environ.update(_slurm_environment())
-        else:
-            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    os.environ.update(rendezvous())
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     on_gpu = accelerator.device_name() == "cuda"
     if on_gpu:
+        if accelerator.device_count() == 1:
+            # Slurm may show each task its own GPU alone; DeepSpeed takes the device's number from here.
+            local_rank = 0
+            os.environ["LOCAL_RANK"] = "0"
         accelerator.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
         # Ranks on one CPU would otherwise each start a thread for every core.
