@@ -120,6 +120,14 @@ def test_the_papers_lengths_branch_where_the_paper_says():
     assert [decay_step(Schedule(), n) for n in (125_000, 250_000, 500_000)] == [109_375, 218_750, 437_500]
 
 
+def test_a_rate_can_step_down_twice_and_fall_in_a_line():
+    twice = Schedule(warmup=10, decay_at=(0.75, 33 / 36))
+    rates = [learning_rate(twice, 1.0, 36_000, step) for step in (10, 26_999, 27_000, 32_999, 33_000)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    line = Schedule(kind="linear", warmup=100)
+    assert [learning_rate(line, 2.0, 1100, step) for step in (100, 600, 1100)] == pytest.approx([2, 1, 0])
+
+
 @given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 512) | st.just("auto"), st.integers(1, 512))
 def test_a_batch_is_split_without_remainder_or_refused(batch, ranks, micro, largest):
     try:

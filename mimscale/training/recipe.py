@@ -22,6 +22,7 @@ class RecipeError(ValueError):
 
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))]
 
 
@@ -130,12 +131,15 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """Warm-up, then constant with one step down (``step``, the paper's) or a cosine to ``final_lr_ratio``."""
+    """Warm-up, then constant with steps down (``step``, the paper's), or a cosine or a line to ``final_lr_ratio``.
 
-    kind: Literal["step", "cosine"] = "step"
+    Each step down, at the share ``decay_at`` of the run (several for several), multiplies the rate by ``decay_factor``.
+    """
+
+    kind: Literal["step", "cosine", "linear"] = "step"
     warmup: Annotated[int, Field(ge=0)] = 6250
     warmup_lr: Annotated[float, Field(ge=0)] = 5.0e-7
-    decay_at: Annotated[float, Field(gt=0, le=1)] = 0.875
+    decay_at: Share | tuple[Share, ...] = 0.875
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
 

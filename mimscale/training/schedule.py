@@ -7,9 +7,15 @@ import math
 from mimscale.training.recipe import Schedule
 
 
+def decay_steps(schedule: Schedule, iterations: int) -> list[int]:
+    """First steps (0-based) at each lower rate."""
+    shares = schedule.decay_at if isinstance(schedule.decay_at, tuple) else (schedule.decay_at,)
+    return [math.ceil(round(iterations * share, 6)) for share in shares]
+
+
 def decay_step(schedule: Schedule, iterations: int) -> int:
-    """First step (0-based) at the lower rate: where a run of this length leaves the trunk that all lengths share."""
-    return math.ceil(round(iterations * schedule.decay_at, 6))
+    """First step (0-based) at a lower rate: where a run of this length leaves the trunk that all lengths share."""
+    return min(decay_steps(schedule, iterations))
 
 
 def learning_rate(schedule: Schedule, peak: float, iterations: int, step: int) -> float:
@@ -24,7 +30,8 @@ def learning_rate(schedule: Schedule, peak: float, iterations: int, step: int) -
     if step < schedule.warmup:
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / schedule.warmup
     if schedule.kind == "step":
-        return peak * (schedule.decay_factor if step >= decay_step(schedule, iterations) else 1.0)
-    progress = (step - schedule.warmup) / max(1, iterations - schedule.warmup)
+        return peak * schedule.decay_factor ** sum(step >= lower for lower in decay_steps(schedule, iterations))
+    progress = min(1.0, (step - schedule.warmup) / max(1, iterations - schedule.warmup))
     floor = peak * schedule.final_lr_ratio
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    left = 1 - progress if schedule.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * left
