@@ -73,12 +73,11 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     on_gpu = accelerator.device_name() == "cuda"
+    device = torch.device("cpu")
     if on_gpu:
-        if accelerator.device_count() == 1:
-            # Slurm may show each task its own GPU alone; DeepSpeed takes the device's number from here.
-            local_rank = 0
-            os.environ["LOCAL_RANK"] = "0"
-        accelerator.set_device(local_rank)
+        # Slurm may show each task its own GPU alone.
+        device = torch.device("cuda", local_rank if accelerator.device_count() > 1 else 0)
+        accelerator.set_device(device.index)
     elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
         # Ranks on one CPU would otherwise each start a thread for every core.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,8 +89,19 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
         verbose=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_world_size, device)
+
+
+@contextlib.contextmanager
+def _device_number(ranks: Ranks) -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of its device, which it is not where each rank sees its own one alone."""
+    before = os.environ["LOCAL_RANK"]
+    if ranks.device.index is not None:
+        os.environ["LOCAL_RANK"] = str(ranks.device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def stop_ranks() -> None:
@@ -154,8 +164,7 @@ class Engine:
         self.micro: int = config["train_micro_batch_size_per_gpu"]
         torch.manual_seed(recipe.train.seed)
         # Built on the device at every stage, so that the same seed draws the same weights at every stage.
-        place = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else ranks.device
-        with place:
+        with _device_number(ranks), self._place(config):
             module = build()
         if check is not None:
             check(_whole_shapes(module))
@@ -165,14 +174,18 @@ class Engine:
         if restore is not None or start is not None:
             self._load_weights(module, restore or start)  # type: ignore[arg-type]
         optimizer = self._optimizer(groups(module), recipe, config)
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with _device_number(ranks):
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self.module: nn.Module = self.engine.module
         self.names = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         self._prime_moments(restored_steps)
         if restore is not None:
             self._load_optimizer(restore)
+
+    def _place(self, config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        return deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else self.ranks.device
 
     def _checkpoint_activations(self, module: nn.Module, recipe: RunRecipe, config: dict[str, Any]) -> None:
         if "activation_checkpointing" in config:
