@@ -181,6 +181,12 @@ def simmim_loss(prediction, target, mask, kind):
     return (error * hidden).sum() / (hidden.sum() * 3)
 
 
+def coordinates_table(window):
+    """What the released code stores of a bias that is trained in its own window."""
+    offsets = [log_coordinate(delta, max(window - 1, 1)) for delta in range(1 - window, window)]
+    return torch.tensor([[[[row, column] for column in offsets] for row in offsets]])
+
+
 def released_checkpoint(embed_dim, depths, heads, window, image, seed, head=True, prefix="encoder.", stride=32):
     """A state dict in the released names, with its stored tables; every weight random and non-zero, norms included."""
     generator = torch.Generator().manual_seed(seed)
@@ -208,7 +214,7 @@ def released_checkpoint(embed_dim, depths, heads, window, image, seed, head=True
             state[p + "attn.logit_scale"] = scales
             state[p + "attn.q_bias"] = draw(dim)
             state[p + "attn.v_bias"] = draw(dim)
-            state[p + "attn.relative_coords_table"] = torch.zeros(1, 2 * clipped - 1, 2 * clipped - 1, 2)
+            state[p + "attn.relative_coords_table"] = coordinates_table(clipped)
             state[p + "attn.relative_position_index"] = torch.zeros(clipped**2, clipped**2, dtype=torch.long)
             state[p + "attn.cpb_mlp.0.weight"] = draw(512, 2, std=0.7)
             state[p + "attn.cpb_mlp.0.bias"] = draw(512)

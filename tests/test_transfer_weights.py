@@ -12,6 +12,7 @@ from reference_swin_v2 import released_checkpoint, swin_features
 from safetensors.torch import save_file
 from training_runs import ROOT, TINY
 
+from mimscale.cli import main
 from mimscale.mim import MAE
 from mimscale.models import create_encoder
 from mimscale.models.export import export_weights
@@ -48,13 +49,17 @@ def start(encoder, source) -> list[str]:
     return new
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory) -> tuple[dict[str, torch.Tensor], Path]:
+def released_file(folder: Path, depths: tuple[int, ...] = DEPTHS) -> tuple[dict[str, torch.Tensor], Path]:
     """A pre-training of 192 px and window 12 in the released names, with decoder, mask token and tables."""
-    state = released_checkpoint(16, DEPTHS, HEADS, window=12, image=192, seed=3)
-    path = tmp_path_factory.mktemp("released") / "pretrain.pth"
+    state = released_checkpoint(16, depths, HEADS, window=12, image=192, seed=3)
+    path = folder / "pretrain.pth"
     torch.save({"model": state}, path)
     return {name.removeprefix("encoder."): value for name, value in state.items()}, path
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> tuple[dict[str, torch.Tensor], Path]:
+    return released_file(tmp_path_factory.mktemp("released"))
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------------
@@ -94,14 +99,18 @@ def test_every_parameter_has_its_layers_rate_and_decay(recipe):
 # -- weights ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "window", "pad"), [(224, 14, False), (640, 20, True)])
-def test_weights_of_192_px_give_the_reference_features_at_larger_sizes(released, size, window, pad):
-    state, path = released
-    recipe = load_finetune_recipe(RECIPES / "imagenet1k_swinv2_s.yaml", [*SMALL, f"model.window_size={window}"])
+# The reference takes every pair of tokens by itself: at 640 px only a stage of few windows has a shifted block.
+@pytest.mark.parametrize(
+    ("size", "window", "pad", "depths"), [(224, 14, False, (2, 2, 2, 1)), (640, 20, True, (1, 1, 2, 1))]
+)
+def test_weights_of_192_px_give_the_reference_features_at_larger_sizes(tmp_path, size, window, pad, depths):
+    state, path = released_file(tmp_path, depths)
+    overrides = [SMALL[0], f"model.depths={list(depths)}", SMALL[2], f"model.window_size={window}"]
+    recipe = load_finetune_recipe(RECIPES / "imagenet1k_swinv2_s.yaml", overrides)
     encoder = make_encoder(recipe, size, 7, pad_windows=pad).double().eval()
     assert start(encoder, path) == ["head.weight", "head.bias"]
     images = photographs(1, size).double()
-    expected = swin_features(images, None, state, DEPTHS, HEADS, window, (12, 12, 12, 6))
+    expected = swin_features(images, None, state, depths, HEADS, window, (12, 12, 12, 6))
     with torch.no_grad():
         features = encoder(images, output="map")
     assert (features - expected).norm() <= 1e-9 * expected.norm()
@@ -162,7 +171,7 @@ def run(alone, tmp_path_factory, shards) -> Path:
 
 def test_a_run_gives_the_weights_of_the_step_that_is_asked_for(run):
     def one(source: str) -> torch.Tensor:
-        encoder = encoder_of(*TINY_ENCODER, "model.pretrained_window_size=6", size=96)
+        encoder = encoder_of(*TINY_ENCODER, "model.pretrained_window_size=0", size=96)
         assert start(encoder, source) == ["head.weight", "head.bias"]
         return encoder.layers[0].blocks[0].attn.qkv.weight
 
@@ -174,11 +183,18 @@ def test_a_run_gives_the_weights_of_the_step_that_is_asked_for(run):
         one("nowhere")
 
 
-def test_a_wrong_pretrained_window_is_an_error_that_says_the_right_one(run):
-    with pytest.raises(CheckpointError, match=r"set model.pretrained_window_size=\[6, 6, 6, 3\]"):
-        start(encoder_of(*TINY_ENCODER, "model.pretrained_window_size=12", size=96), run)
-    encoder = encoder_of(*TINY_ENCODER[:3], "model.window_size=8", "model.pretrained_window_size=6", size=128)
-    assert start(encoder, run) == ["head.weight", "head.bias"]  # 96 px and window 6 to 128 px and window 8
+def test_a_wrong_pretrained_window_is_an_error_that_says_the_right_one(run, released, tmp_path):
+    exported = tmp_path / "encoder.safetensors"
+    assert main(["export", str(run), "--to", "safetensors", "--output", str(exported)]) == 0
+    for source in (run, exported):
+        with pytest.raises(CheckpointError, match=r"set model.pretrained_window_size=\[6, 6, 6, 3\]"):
+            start(encoder_of(*TINY_ENCODER, size=96), source)
+        at_128 = ["model.window_size=8", "model.pretrained_window_size=6", "model.pretrained_image_size=96"]
+        assert start(encoder_of(*TINY_ENCODER[:3], *at_128, size=128), source) == ["head.weight", "head.bias"]
+    with pytest.raises(CheckpointError, match=r"set model.pretrained_window_size=\[12, 12, 12, 6\]"):
+        start(encoder_of(*SMALL, "model.pretrained_image_size=224"), released[1])
+    with pytest.raises(RecipeError, match="takes model.pretrained_image_size"):
+        encoder_of(*SMALL, "model.pretrained_image_size=null")
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------------------

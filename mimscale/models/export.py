@@ -231,6 +231,16 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
     raise ExportError(f'--to is one of {", ".join(KINDS)}, not "{kind}"')
 
 
+def exported_settings(path: str | Path) -> dict[str, Any] | None:
+    """Read from a file of ``mimscale export RUN --to safetensors`` what makes its encoder; ``None`` for other files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})[SETTINGS_KEY])
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
 def load(path: str | Path, **overrides: Any) -> Any:
     """Make the encoder of an exported file, with its weights, ready to give features of images of any size.
 

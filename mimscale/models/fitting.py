@@ -31,6 +31,12 @@ def reference_windows(
     return references
 
 
+def windows_at(image: int, window: int, stages: int = 4, patch: int = 4) -> tuple[int, ...]:
+    """The window of each stage for square images: at 192 px, 12 means 12-12-12-6, since the last map is no larger."""
+    side = image // patch
+    return tuple(clip_window(-(-side // 2**i), -(-side // 2**i), window, shifted=False).size[0] for i in range(stages))
+
+
 def check_sizes(
     image: tuple[int, int],
     window: int,

@@ -39,12 +39,13 @@ TASKS = {
 class TransferModel(Model):
     """The encoder at the task's size.
 
-    ``pretrained_window_size`` (SwinV2) and ``pretrained_image_size`` (ViT; ``null``: the task's own) are those that its
-    position bias and its positions were trained at. ``extra_norm_every`` is for released weights that have such norms.
+    ``pretrained_image_size`` is the side of the images that its positions were trained at (ViT: ``null`` is the task's own).
+    SwinV2's position bias was trained in windows of ``pretrained_window_size``, clipped to the maps of those images; four
+    numbers give the windows of the stages themselves, 0 the task's own. ``extra_norm_every`` is for released weights that
+    have such norms.
     """
 
     window_size: Positive = 14
-    pretrained_window_size: int | tuple[int, int, int, int] = 12
     pretrained_image_size: Positive | None = None
     extra_norm_every: Annotated[int, Field(ge=0)] = 0
 

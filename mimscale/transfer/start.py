@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from mimscale.models import create_encoder
+from mimscale.models.export import exported_settings
+from mimscale.models.fitting import windows_at
 from mimscale.models.released import match_checkpoint, read_checkpoint, released_names
+from mimscale.models.swin_v2 import SwinTransformerV2
+from mimscale.models.vit import VisionTransformer
 from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newest
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import RecipeError, resolve
-from mimscale.transfer.recipe import FinetuneRecipe, task_class
+from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, task_class
 
 HEADS = ("head.", "fc_norm.")
 
@@ -49,7 +53,7 @@ def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, 
         settings |= {
             "img_size": image_size,
             "window_size": model.window_size,
-            "pretrained_window_size": model.pretrained_window_size,
+            "pretrained_window_size": _pretrained_windows(model),
             "mask_token": False,
             "extra_norm_every": model.extra_norm_every,
             "pad_windows": pad_windows,
@@ -60,6 +64,23 @@ def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, 
         return create_encoder(model.name, drop_path=model.drop_path, num_classes=num_classes, **settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None
+
+
+def _pretrained_windows(model: TransferModel) -> int | tuple[int, ...]:
+    """The window of each stage at pre-training, which the task's own maps do not tell; 0 for the task's own.
+
+    Raises:
+        RecipeError: one window, but not for which images.
+    """
+    window = model.pretrained_window_size
+    if not isinstance(window, int) or not window:
+        return window
+    if model.pretrained_image_size is None:
+        raise RecipeError(
+            f"model.pretrained_window_size={window} takes model.pretrained_image_size, the side of the images that it was "
+            f"pre-trained on (192 in the paper): windows were clipped to the maps of those images"
+        )
+    return windows_at(model.pretrained_image_size, window)
 
 
 def open_run(source: str) -> Checkpoint | None:
@@ -96,12 +117,18 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         if not Path(source).is_file():
             raise RecipeError(f"finetune.from={source}: there is no such run or file")
         try:
-            state: Mapping[str, Tensor] = released_names(read_checkpoint(source))
+            stored = read_checkpoint(source)
         except ValueError as error:
             raise RecipeError(f"finetune.from: {error}") from None
-        matched = _match(encoder, state, source)
+        matched = _match(encoder, released_names(stored), source)
+        exported = exported_settings(source)
+        if exported is not None:
+            with torch.device("meta"):
+                _check_sizes(source, create_encoder(**exported), encoder)
+        elif (windows := _stored_windows(stored)) is not None:
+            _check_windows(source, windows, encoder)
         return matched.get
-    _check_sizes(checkpoint, encoder)
+    _check_sizes(str(checkpoint.path), _encoder_of(checkpoint), encoder)
     prefixes = ("model.encoder.", "encoder.")  # of a pre-training and of a fine-tuning
     place = {
         f"encoder.{name.removeprefix(prefix)}": name
@@ -120,24 +147,50 @@ def _match(encoder: Any, state: Mapping[str, Tensor], source: str) -> dict[str, 
     return match_checkpoint(encoder, bare, source)
 
 
-def _check_sizes(checkpoint: Checkpoint, encoder: Any) -> None:
-    """Compare the sizes that the weights were trained at, which no shape shows.
+def _check_sizes(source: str, before: Any, encoder: Any) -> None:
+    """Compare the sizes that weights were trained at, which no shape shows, with what ``encoder`` takes them for.
+
+    Args:
+        source: of the weights, for the error.
+        before: the encoder that they were trained in.
+        encoder: the task's.
 
     Raises:
         CheckpointError: positions would be evaluated as if they had been trained at another size.
     """
-    before = _encoder_of(checkpoint)
-    key, wanted = "pretrained_window_size", getattr(before, "references", None)
-    if wanted is None:
-        key, wanted = "pretrained_image_size", before.img_size
-        there = encoder.img_size
-    else:
-        there = getattr(encoder, "references", None)
-    if there is not None and there != wanted:
-        sizes = [size[0] for size in wanted] if key == "pretrained_window_size" else wanted[0]
+    if isinstance(before, SwinTransformerV2) and isinstance(encoder, SwinTransformerV2):
+        _check_windows(source, [rows for rows, _ in before.references], encoder)
+    elif isinstance(before, VisionTransformer) and isinstance(encoder, VisionTransformer):
+        if before.img_size != encoder.img_size:
+            raise CheckpointError(
+                f"{source} was trained on images of {before.img_size[0]} px, but the recipe has it of "
+                f"{encoder.img_size[0]}: set model.pretrained_image_size={before.img_size[0]}"
+            )
+
+
+def _check_windows(source: str, trained: list[int], encoder: Any) -> None:
+    taken = [rows for rows, _ in encoder.references]
+    if trained != taken:
         raise CheckpointError(
-            f"{checkpoint.path} was trained at another size than model.{key} says: set model.{key}={sizes}"
+            f"{source} was trained in windows of {trained}, but the recipe has it of {taken}: set "
+            f"model.pretrained_window_size={trained}"
         )
+
+
+def _stored_windows(state: Mapping[str, Tensor]) -> list[int] | None:
+    """The windows that the tables of a released SwinV2 were made for, one for each stage; ``None`` where none are stored.
+
+    A table's last entry is that of the largest offset, w - 1: log2(1 + 8 (w - 1) / (r - 1)) / 3 for a bias that was trained
+    in windows of r.
+    """
+    windows = []
+    for name, table in sorted(state.items()):
+        if name.endswith(".blocks.0.attn.relative_coords_table"):
+            reach = 2 ** (3 * float(table.flatten()[-1])) - 1
+            if reach <= 0:
+                return None
+            windows.append(1 + round(8 * ((table.shape[1] + 1) // 2 - 1) / reach))
+    return windows or None
 
 
 def _encoder_of(checkpoint: Checkpoint) -> Any:
