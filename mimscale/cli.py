@@ -15,6 +15,11 @@ COMMANDS = {
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
     "plan-memory": ("mimscale.training.plan", 0, "what fits on which GPUs, how long it takes and what it costs"),
+    "verify-checkpoint": (
+        "mimscale.study.verify_checkpoint",
+        0,
+        "a released weight's validation loss, l1 and l2, beside the published one",
+    ),
     "evaluate": ("mimscale.transfer.evaluate", 0, "a fine-tuned model's figures on held-out data"),
     "predict": ("mimscale.transfer.predict", 0, "what a fine-tuned model says of any images"),
     "probe": ("mimscale.transfer.probe", 0, "linear probe and nearest neighbours on frozen features, in minutes"),
@@ -47,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _listing() -> str:
-    return "\n".join(f"  {name:<14} {text}" for name, (_, _, text) in COMMANDS.items())
+    return "\n".join(f"  {name:<17} {text}" for name, (_, _, text) in COMMANDS.items())
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_a_wrong_pretrained_window_is_an_error_that_says_the_right_one(run, rele
         assert start(encoder_of(*TINY_ENCODER[:3], *at_128, size=128), source) == ["head.weight", "head.bias"]
     with pytest.raises(CheckpointError, match=r"set model.pretrained_window_size=\[12, 12, 12, 6\]"):
         start(encoder_of(*SMALL, "model.pretrained_image_size=224"), released[1])
-    with pytest.raises(RecipeError, match="takes model.pretrained_image_size"):
+    with pytest.raises(RecipeError, match=r"takes model\.pretrained_image_size"):
         encoder_of(*SMALL, "model.pretrained_image_size=null")
 
 

@@ -76,8 +76,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return stack([(x / 255 - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
 
-def build_objective(recipe: Recipe) -> Objective:
+def build_objective(recipe: Recipe, extra_norm_every: int = 0) -> Objective:
     """The recipe's encoder and objective.
+
+    Args:
+        recipe: of a pre-training.
+        extra_norm_every: for released SwinV2 weights that have one more norm after every so many blocks.
 
     Raises:
         RecipeError: the sizes do not fit together; the message says what would.
@@ -99,6 +103,7 @@ def build_objective(recipe: Recipe) -> Objective:
                 pretrained_window_size=settings.pretrained_window_size,
                 drop_path=settings.drop_path,
                 **overrides,
+                **({"extra_norm_every": extra_norm_every} if extra_norm_every else {}),
             )
             model: Any = objectives.SimMIM(encoder, decoder=mim.decoder, loss=mim.loss, target_window=mim.target_window)
         else:

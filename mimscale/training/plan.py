@@ -46,6 +46,8 @@ class Way:
     @property
     def name(self) -> str:
         """As the table calls it."""
+        if not self.stage:
+            return "0 (as 1 in bf16)"
         return f"{self.stage}" + (f" + {' and '.join(self.offload)} offloaded" if self.offload else "")
 
 
@@ -103,7 +105,9 @@ def plan_way(load: Load, stage: int, offload: tuple[str, ...], micro: int | None
     """
     recipe, gpus = load.recipe, load.gpus
     config = ds_config(stage, offload, recipe.train.activation_checkpointing is True)
-    bound = micro_batch_that_fits(load.sizes, load.activations, config, gpus, load.budget)
+    # Stage 0 in bf16 is computed at stage 1, so that is what has to fit.
+    computed = config if stage else ds_config(1, offload, checkpointing=False)
+    bound = micro_batch_that_fits(load.sizes, load.activations, computed, gpus, load.budget)
     config["train_micro_batch_size_per_gpu"] = micro or "auto"
     split = split_batch(config, recipe.train.global_batch, gpus, bound)
     resolved = reconcile(config, recipe, split, on_gpu=True)

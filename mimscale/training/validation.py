@@ -7,15 +7,30 @@ depends on the weights and the images alone: not on the world size, the batch, o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.data import ShardIndex, ValidationStream
-from mimscale.training.engine import Engine
 from mimscale.training.pictures import to_uint8
 from mimscale.training.recipe import Recipe
+
+
+class Evaluator(Protocol):
+    """Who runs the objective on batches: the engine in training, or a plain model.
+
+    ``ranks`` says which of how many it is (``rank``, ``world_size``, ``is_first``) and its ``device``; ``micro`` is the
+    batch it trains with; ``evaluate`` gives the objective's eval-mode outputs, each on ``device``.
+    """
+
+    ranks: Any
+    micro: int
+    module: nn.Module
+
+    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The objective's outputs in eval mode for one batch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Validation:
         }
 
 
-def validate(engine: Engine, recipe: Recipe, index: ShardIndex) -> Validation | None:
+def validate(engine: Evaluator, recipe: Recipe, index: ShardIndex) -> Validation | None:
     """Losses on the held-out images; ``None`` when the shards have none. Collective.
 
     The samples to look at are on the first rank: (original, mask, filled in), uint8 (N, 3, H, W) and bool (N, h, w).
@@ -73,7 +88,8 @@ def validate(engine: Engine, recipe: Recipe, index: ShardIndex) -> Validation | 
             filled = engine.module.fill_in(images[take], mask[take], prediction[take])  # type: ignore[operator]
             samples.append((images[take].cpu(), mask[take].cpu(), to_uint8(filled).cpu()))
             wanted -= len(take)
-    dist.all_reduce(totals)
+    if ranks.world_size > 1:
+        dist.all_reduce(totals)
     l1_sum, l2_sum, zero_l1_sum, zero_l2_sum, count = totals.tolist()
     if not count:
         return None

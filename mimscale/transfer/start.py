@@ -160,12 +160,13 @@ def _check_sizes(source: str, before: Any, encoder: Any) -> None:
     """
     if isinstance(before, SwinTransformerV2) and isinstance(encoder, SwinTransformerV2):
         _check_windows(source, [rows for rows, _ in before.references], encoder)
-    elif isinstance(before, VisionTransformer) and isinstance(encoder, VisionTransformer):
-        if before.img_size != encoder.img_size:
-            raise CheckpointError(
-                f"{source} was trained on images of {before.img_size[0]} px, but the recipe has it of "
-                f"{encoder.img_size[0]}: set model.pretrained_image_size={before.img_size[0]}"
-            )
+        return
+    both_vit = isinstance(before, VisionTransformer) and isinstance(encoder, VisionTransformer)
+    if both_vit and before.img_size != encoder.img_size:
+        raise CheckpointError(
+            f"{source} was trained on images of {before.img_size[0]} px, but the recipe has it of "
+            f"{encoder.img_size[0]}: set model.pretrained_image_size={before.img_size[0]}"
+        )
 
 
 def _check_windows(source: str, trained: list[int], encoder: Any) -> None:

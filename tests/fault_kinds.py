@@ -1,0 +1,302 @@
+"""What can happen to a run: each kind of fault strikes one start of it and says what it did and what has to follow."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training_runs import ENVIRONMENT, ROOT, launcher, records
+
+from mimscale.training.checkpoint import Checkpoint, CheckpointError, saved_steps
+from mimscale.training.preemption import REQUEUE_EXIT
+
+PATIENCE = 240.0
+
+
+class Violation(AssertionError):
+    """A promise of the trainer was broken; the message says which."""
+
+
+@dataclass
+class Outcome:
+    """What a fault did.
+
+    ``said`` has to stand in the output of this start, ``named`` in that of the next. ``redo`` bounds the steps that the next
+    start makes again; ``None`` for the usual bound. ``mend`` is called before the next start.
+    """
+
+    what: str
+    said: str | None = None
+    named: str | None = None
+    redo: int | None = None
+    status: int | None = None
+    mend: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Start:
+    """One start of a run: its ranks as bare processes, since a launcher would end them all when one goes."""
+
+    run: Path
+    config: Path
+    overrides: list[str]
+    interval: int
+    shards: Path
+    rng: random.Random
+    disk_full: Callable[[int], Callable[[], None]] | None
+    ranks: int = 2
+    processes: list[subprocess.Popen] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Start the ranks."""
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = str(server.getsockname()[1])
+        self.log = self.run.with_name(f"{self.run.name}.log")
+        world = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1"}
+        with self.log.open("w") as log:
+            for rank in map(str, range(self.ranks)):
+                environment = ENVIRONMENT | world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+                command = [sys.executable, *launcher(self.run, self.config, *self.overrides)]
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                )
+
+    def output(self) -> str:
+        """What the ranks have said so far."""
+        return self.log.read_text(errors="replace")
+
+    def logged(self) -> int:
+        """Steps in the run's metrics.jsonl."""
+        lines = records(self.run) if (self.run / "metrics.jsonl").exists() else []
+        return lines[-1]["step"] if lines else 0
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return any((self.run / "checkpoints").glob(".saving_*"))
+
+    def wait(self, condition: Callable[[], bool]) -> bool:
+        """Wait for it; ``False`` when the ranks ended before."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if any(process.poll() is not None for process in self.processes):
+                return False
+            if time.monotonic() > deadline:
+                raise Violation(f"nothing happened for {PATIENCE:.0f} s\n{self.output()[-3000:]}")
+            time.sleep(0.002)
+        return True
+
+    def some_steps(self) -> bool:
+        """Let it train for a random while; ``False`` when it ended before."""
+        self.wait(lambda: self.logged() > 0 and "ZeRO stage" in self.output())
+        target = self.logged() + self.rng.randint(1, 2 * self.interval + 2)
+        if not self.wait(lambda: self.logged() >= target):
+            return False
+        time.sleep(self.rng.uniform(0, 0.15))
+        return all(process.poll() is None for process in self.processes)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in ranks or range(self.ranks):
+            if self.processes[rank].poll() is None:
+                self.processes[rank].send_signal(number)
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def ended_by_itself(self, *ranks: int, within: float) -> float:
+        """Wait for the end of these ranks; seconds it took."""
+        began = time.monotonic()
+        while any(self.processes[rank].poll() is None for rank in ranks):
+            if time.monotonic() - began > within:
+                raise Violation(f"rank {ranks} still runs {within:.0f} s after the fault\n{self.output()[-3000:]}")
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+def whole_steps(run: Path) -> list[int]:
+    """Steps whose checkpoints are undamaged."""
+    found = []
+    for step in saved_steps(run):
+        try:
+            checkpoint = Checkpoint.open(run / "checkpoints" / f"step_{step:08d}")
+        except CheckpointError:
+            continue
+        if not any(checkpoint.damage(file) for file in checkpoint.manifest["files"]):
+            found.append(step)
+    return found
+
+
+def kill_one(start: Start) -> Outcome | None:
+    """SIGKILL of one rank in training: the others notice, say who is lost, and end."""
+    return _kill_one(start) if start.some_steps() else None
+
+
+def kill_one_in_save(start: Start) -> Outcome | None:
+    """SIGKILL of one rank while a checkpoint is being written."""
+    return _kill_one(start) if _into_save(start) else None
+
+
+def _kill_one(start: Start) -> Outcome:
+    victim = start.rng.randrange(start.ranks)
+    start.signal(signal.SIGKILL, victim)
+    others = [rank for rank in range(start.ranks) if rank != victim]
+    took = start.ended_by_itself(*others, within=60)
+    return Outcome(f"rank {victim} killed, the other gave up after {took:.1f} s", said=f"rank {victim} on", status=1)
+
+
+def kill_all(start: Start) -> Outcome | None:
+    """SIGKILL of all ranks in training."""
+    if not start.some_steps():
+        return None
+    start.signal(signal.SIGKILL)
+    return Outcome("all ranks killed")
+
+
+def kill_all_in_save(start: Start) -> Outcome | None:
+    """SIGKILL of all ranks while a checkpoint is being written."""
+    if not _into_save(start):
+        return None
+    start.signal(signal.SIGKILL)
+    return Outcome("all ranks killed in a save")
+
+
+def kill_starting(start: Start) -> Outcome | None:
+    """SIGKILL of all ranks at any moment of their start."""
+    time.sleep(start.rng.uniform(0.5, 12))
+    start.signal(signal.SIGKILL)
+    return Outcome("all ranks killed while starting")
+
+
+def _into_save(start: Start) -> bool:
+    if not start.wait(start.is_saving):
+        return False
+    time.sleep(start.rng.choice((0, start.rng.uniform(0, 0.04))))
+    return all(process.poll() is None for process in start.processes)
+
+
+def freeze(start: Start) -> Outcome | None:
+    """SIGSTOP of one rank: the watchdog of another ends the run and names it."""
+    if not start.some_steps():
+        return None
+    victim = start.rng.randrange(start.ranks)
+    start.signal(signal.SIGSTOP, victim)
+    others = [rank for rank in range(start.ranks) if rank != victim]
+    took = start.ended_by_itself(*others, within=90)
+    start.signal(signal.SIGKILL, victim)
+    return Outcome(f"rank {victim} stopped, ended after {took:.1f} s", said=f"rank {victim} on", status=1)
+
+
+def preempt(start: Start) -> Outcome | None:
+    """SIGTERM or SIGUSR1 to one rank: all agree on a step, save and exit with the status that asks to be queued again."""
+    if not start.some_steps():
+        return None
+    number = start.rng.choice((signal.SIGTERM, signal.SIGUSR1))
+    start.signal(number, start.rng.randrange(start.ranks))
+    start.ended_by_itself(*range(start.ranks), within=90)
+    if (start.run / "result.json").exists():
+        return None
+    return Outcome(f"{number.name} to one rank", said=f"stopped by {number.name}", redo=0, status=REQUEUE_EXIT)
+
+
+def fill_disk(start: Start) -> Outcome | None:
+    """The disk fills up to a random room of less than a checkpoint: an error that says so, and nothing lost."""
+    if start.disk_full is None or not start.some_steps():
+        return None
+    room = start.rng.choice((0, start.rng.randrange(2_000_000)))
+    free = start.disk_full(room)
+    try:
+        start.ended_by_itself(*range(start.ranks), within=90)
+    finally:
+        free()
+    if (start.run / "result.json").exists():
+        return None
+    return Outcome(f"disk full but for {room} bytes", said="No space left", status=1)
+
+
+def truncate(start: Start) -> Outcome | None:
+    """The newest checkpoint loses the end of one of its files after a kill: it is named, and the one before it used."""
+
+    def cut(path: Path) -> str:
+        size = start.rng.randrange(path.stat().st_size)
+        os.truncate(path, size)
+        return f"cut to {size} bytes"
+
+    return _damage(start, cut)
+
+
+def flip_bit(start: Start) -> Outcome | None:
+    """One bit of the newest checkpoint flips after a kill: it is named, and the one before it used."""
+
+    def flip(path: Path) -> str:
+        data = bytearray(path.read_bytes())
+        bit = start.rng.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        return f"bit {bit} flipped"
+
+    return _damage(start, flip)
+
+
+def _damage(start: Start, harm: Callable[[Path], str]) -> Outcome | None:
+    if not start.some_steps() or not start.wait(lambda: len(saved_steps(start.run)) >= 2):
+        return None
+    start.end()
+    steps = whole_steps(start.run)
+    if len(steps) < 2:
+        return None
+    folder = start.run / "checkpoints" / f"step_{steps[-1]:08d}"
+    path = start.rng.choice(sorted(folder.iterdir()))
+    what = harm(path)
+    named = f"damaged checkpoint: {folder}"
+    return Outcome(f"{folder.name}/{path.name} {what}", named=named, redo=2 * start.interval + start.interval)
+
+
+def remove_shard(start: Start) -> Outcome | None:
+    """A shard goes while it is trained on: what is open is read on, and a start without it says which one is missing."""
+    if not start.some_steps():
+        return None
+    shard = start.rng.choice(sorted(start.shards.glob("train-*.tar")))
+    away = shard.with_suffix(".away")
+    shard.rename(away)
+    start.some_steps()
+    start.end()
+    if (start.run / "result.json").exists():
+        away.rename(shard)
+        return None
+    again = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
+    again.begin()
+    try:
+        again.ended_by_itself(*range(start.ranks), within=PATIENCE)
+        if shard.name not in again.output() or any(process.returncode == 0 for process in again.processes):
+            raise Violation(f"{shard.name} was away and nobody said so\n{again.output()[-3000:]}")
+    finally:
+        again.end()
+        away.rename(shard)
+    return Outcome(f"{shard.name} removed, and put back")
+
+
+KINDS: dict[str, Callable[[Start], Outcome | None]] = {
+    "kill one": kill_one,
+    "kill one in a save": kill_one_in_save,
+    "kill all": kill_all,
+    "kill all in a save": kill_all_in_save,
+    "kill all at start": kill_starting,
+    "freeze one": freeze,
+    "preempt": preempt,
+    "full disk": fill_disk,
+    "truncate": truncate,
+    "flip a bit": flip_bit,
+    "remove a shard": remove_shard,
+}
