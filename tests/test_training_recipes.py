@@ -10,7 +10,7 @@ from training_runs import RECIPE, ROOT, TINY
 
 from mimscale.training.checkpoint import owners
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
-from mimscale.training.memory import activation_bytes, parameters
+from mimscale.training.memory import activation_bytes, parameter_sizes
 from mimscale.training.metrics import duration, flops_per_image
 from mimscale.training.recipe import RecipeError, Schedule, known_keys, load_recipe, nearest_key
 from mimscale.training.schedule import decay_step, learning_rate
@@ -32,7 +32,7 @@ def test_a_shipped_recipe_resolves_to_itself(path, tmp_path):
 def test_the_papers_recipes_build_the_papers_models(size):
     recipe = load_recipe(ROOT / f"launchers/recipes/swinv2_{size}.yaml")
     channels = {"s": 96, "b": 128, "l": 192, "h": 352, "g": 448}[size] * 8
-    assert parameters(recipe) == ENCODERS[size] + channels * 3072 + 3072
+    assert sum(parameter_sizes(recipe)) == ENCODERS[size] + channels * 3072 + 3072
     assert recipe.train.global_batch == 2048
     assert recipe.learning_rate == pytest.approx(4e-4)
     assert recipe.hidden == 22
