@@ -70,6 +70,16 @@ def photo_shards(photographs, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Composed scenes with true masks, 48 for training and 16 for validation (see composed_scenes.py); read only."""
+    import composed_scenes
+
+    if reason := composed_scenes.missing():
+        pytest.skip(reason)
+    return composed_scenes.write(tmp_path_factory.mktemp("scenes"))
+
+
 @pytest.fixture
 def own_photo_shards(photo_shards, tmp_path) -> Path:
     """A copy of ``photo_shards`` that a test may damage."""
