@@ -262,10 +262,8 @@ def _devkit_synsets(labels: Path) -> dict[int, str]:
     advice = "or give --val-labels a list of synsets, one an image"
     if table is None:
         raise ShardError(f"{labels} holds the devkit's numbers; put the devkit's meta.mat beside it, {advice}")
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ShardError(f"reading {table} needs scipy: pip install scipy, {advice}") from None
+    from scipy.io import loadmat
+
     try:
         rows = loadmat(table, squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mimscale.study.results import Result, Status, check
@@ -28,14 +28,15 @@ class Cell:
 
     Losses are means over the seeds that are done (``None`` where there are none); ``spread`` is their standard
     deviation (``None`` below two seeds). A stopped run's loss is that of an unfinished schedule, so it does not count.
+    Cells are equal where their keys are, so that a cell can be looked up whatever its results.
     """
 
     key: tuple[Any, ...]
-    runs: tuple[Result, ...]
-    val_loss: float | None
-    spread: float | None
-    train_loss: float | None
-    scores: dict[tuple[str, str], Score]
+    runs: tuple[Result, ...] = field(compare=False)
+    val_loss: float | None = field(compare=False)
+    spread: float | None = field(compare=False)
+    train_loss: float | None = field(compare=False)
+    scores: dict[tuple[str, str], Score] = field(compare=False)
 
     @property
     def first(self) -> Result:

@@ -29,6 +29,8 @@ class PowerLaw:
         scale: loss at x = 1.
         r2: share of the variance of log loss that the law explains.
         cells: what it was fitted on.
+        centre: mean of log x.
+        errors: standard errors of log loss at the centre, and of the slope.
     """
 
     name: str
@@ -39,10 +41,19 @@ class PowerLaw:
     scale: float
     r2: float
     cells: tuple[Cell, ...]
+    centre: float
+    errors: tuple[float, float]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The law's loss at ``x``."""
         return self.scale * np.asarray(x, dtype=float) ** self.slope
+
+    def interval(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the 95 % confidence interval of the law's loss at ``x`` (not of a single run's)."""
+        at_centre, of_slope = self.errors
+        error = np.hypot(at_centre, of_slope * (np.log(np.asarray(x, dtype=float)) - self.centre))
+        factor = np.exp(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.cells) - 2) * error)
+        return self(x) / factor, self(x) * factor
 
 
 def fit_power_law(name: str, x: str, found: Sequence[Cell], measure: Callable[[Cell], float | None]) -> PowerLaw | None:
@@ -50,11 +61,25 @@ def fit_power_law(name: str, x: str, found: Sequence[Cell], measure: Callable[[C
     points = [(value, cell.val_loss, cell) for cell in found if (value := measure(cell)) and cell.val_loss]
     if len({value for value, _, _ in points}) < 3:
         return None
-    fit = stats.linregress([math.log(value) for value, _, _ in points], [math.log(loss) for _, loss, _ in points])
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(points) - 2) * fit.stderr
-    used = tuple(cell for _, _, cell in points)
+    x_log, loss_log = np.log([value for value, _, _ in points]), np.log([loss for _, loss, _ in points])
+    centre, count = x_log.mean(), len(points)
+    width = ((x_log - centre) ** 2).sum()
+    slope = ((x_log - centre) * loss_log).sum() / width
+    rest = loss_log - loss_log.mean() - slope * (x_log - centre)
+    error = math.sqrt((rest**2).sum() / (count - 2))
+    variance = loss_log.var()
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, count - 2) * error / math.sqrt(width)
     return PowerLaw(
-        name, x, fit.slope, fit.slope - reach, fit.slope + reach, math.exp(fit.intercept), fit.rvalue**2, used
+        name=name,
+        x=x,
+        slope=float(slope),
+        low=float(slope - reach),
+        high=float(slope + reach),
+        scale=float(np.exp(loss_log.mean() - slope * centre)),
+        r2=float(1 - rest.var() / variance) if variance > 0 else 0.0,
+        cells=tuple(cell for _, _, cell in points),
+        centre=float(centre),
+        errors=(error / math.sqrt(count), error / math.sqrt(width)),
     )
 
 
@@ -108,7 +133,8 @@ def power_laws(found: Sequence[Cell]) -> list[PowerLaw]:
 def pareto(found: Iterable[Cell]) -> list[Cell]:
     """The cells that no cheaper cell matches in validation loss."""
     kept: list[Cell] = []
-    for cell in sorted((c for c in found if c.first.compute and c.val_loss), key=lambda c: c.first.compute or 0):
+    known = [c for c in found if c.first.compute and c.val_loss]
+    for cell in sorted(known, key=lambda c: (c.first.compute, c.val_loss)):
         if not kept or cell.val_loss < kept[-1].val_loss:  # type: ignore[operator]
             kept.append(cell)
     return kept
@@ -154,33 +180,40 @@ def split(found: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
 
 
 def full_dataset(found: Iterable[Cell]) -> str | None:
-    """The dataset of Figure 6: none of its cells overfit, and it has the most cells, then the most images."""
+    """The dataset of Figure 6: the smallest share of its cells overfits, and it has the most cells, then the most images."""
     verdicts = overfitting(found)
     held: dict[str, list[Cell]] = {}
     for cell in verdicts:
         held.setdefault(cell.first.dataset, []).append(cell)
-    clean = {name: group for name, group in held.items() if not any(verdicts[cell] for cell in group)}
-    if not clean:
-        return None
-    return max(clean, key=lambda name: (len(clean[name]), clean[name][0].first.images or 0))
+
+    def fitness(name: str) -> tuple[float, int, int]:
+        group = held[name]
+        share = sum(verdicts[cell] is not None for cell in group) / len(group)
+        return -share, len(group), group[0].first.images or 0
+
+    return max(held, key=fitness, default=None)
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Images that a model processes to reach a validation loss, and how many times fewer than the smallest model."""
+    """Images that a model processes to reach a validation loss, and how many times fewer than the smallest model.
+
+    ``samples`` and ``saving`` are ``None`` where the model never reached it. With ``bound`` the model had reached it by the
+    shortest length measured: at most ``samples``, and at least ``saving``.
+    """
 
     model: str
     target: float
     samples: float | None
     saving: float | None
+    bound: bool
     cells: tuple[Cell, ...]
 
 
 def sample_efficiency(found: Sequence[Cell]) -> list[Efficiency]:
     """Images processed until each model reaches the smallest model's best loss, on ``full_dataset`` (Section 4.2).
 
-    Between measured lengths log loss is interpolated linearly in log images. A model that had reached the loss by its
-    shortest length gets that length's images: an upper bound.
+    Between measured lengths log loss is interpolated linearly in log images.
     """
     dataset = full_dataset(found)
     here = [c for c in found if c.first.dataset == dataset and c.val_loss is not None and c.samples]
@@ -194,16 +227,16 @@ def sample_efficiency(found: Sequence[Cell]) -> list[Efficiency]:
         samples = _reached(group, target)
         smallest = rows[0].samples if rows else samples
         saving = smallest / samples if smallest and samples else None
-        rows.append(Efficiency(model, target, samples, saving, tuple(group)))
+        rows.append(Efficiency(model, target, samples, saving, samples == group[0].samples, tuple(group)))
     return rows
 
 
 def _reached(group: list[Cell], target: float) -> float | None:
-    points = [(math.log(c.samples), math.log(c.val_loss)) for c in group if c.samples and c.val_loss]
-    goal = math.log(target) + 1e-12
-    if points[0][1] <= goal:
-        return math.exp(points[0][0])
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if y1 <= goal:
-            return math.exp(x0 + (goal - y0) / (y1 - y0) * (x1 - x0))
+    points = [(c.samples, c.val_loss) for c in group if c.samples and c.val_loss]
+    if points[0][1] <= target:
+        return points[0][0]
+    for (samples0, loss0), (samples1, loss1) in itertools.pairwise(points):
+        if loss1 <= target:
+            share = math.log(target / loss0) / math.log(loss1 / loss0)
+            return samples0 * (samples1 / samples0) ** share
     return None

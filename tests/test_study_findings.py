@@ -1,0 +1,79 @@
+"""Findings say what the runs show: made-up studies where each claim of the paper is true, or is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import study_results
+
+from mimscale.study.analysis import analyse
+from mimscale.study.findings import findings
+from mimscale.study.published import published
+from mimscale.study.results import Result
+
+OVERFIT, MORE_DATA, LAWS, EFFICIENCY, PROXY, MAE, DECODERS, SAMPLING = range(8)
+
+
+def verdicts(results: list[Result]) -> list[str]:
+    return [finding.verdict for finding in findings(analyse(results, False))]
+
+
+def changed(loss, **changes) -> list[Result]:
+    """The made-up grid with another loss: a function of the result."""
+    return [dataclasses.replace(r, val_loss=loss(r), **changes) for r in study_results.grid()]
+
+
+def test_the_published_runs_show_what_the_paper_says_of_them():
+    assert verdicts(published()) == ["yes", "yes", "yes", "yes", "yes", "open", "open", "open"]
+
+
+def test_where_small_data_binds_the_runs_show_it():
+    found = verdicts(list(study_results.grid()))
+    assert found[OVERFIT] == "yes" and found[MORE_DATA] == "yes" and found[EFFICIENCY] == "yes"
+
+
+def test_where_data_never_binds_they_do_not_show_overfitting():
+    found = findings(analyse(changed(lambda r: study_results.clean_loss(r.parameters, r.iterations)), False))
+    assert found[OVERFIT].verdict == "no" and "0 of 48 cells overfit." in found[OVERFIT].figures
+    assert found[LAWS].verdict == "yes"
+
+
+def test_where_more_data_always_helps_they_say_so():
+    assert (
+        verdicts(changed(lambda r: study_results.clean_loss(r.parameters, r.iterations) * r.images**-0.05))[MORE_DATA]
+        == "no"
+    )
+
+
+def test_where_size_does_not_matter_no_law_is_claimed():
+    found = verdicts(changed(lambda r: 0.5 * r.iterations**-0.03 * (1 + 0.002 * (r.model in ("swinv2_b", "swinv2_h")))))
+    assert found[LAWS] == "part" and found[EFFICIENCY] == "no"
+
+
+def test_one_length_cannot_tell_what_longer_training_does():
+    found = findings(analyse([r for r in study_results.grid() if r.iterations == 4000], False))[OVERFIT]
+    assert found.verdict == "part"
+    assert "Not comparable here: longer training." in found.figures
+
+
+def test_seeds_that_spread_more_than_the_losses_differ_show_nothing():
+    noisy = [
+        dataclasses.replace(
+            r, val_loss=0.5 + (0.02 if r.seed else -0.02) + 1e-4 * (len(r.model + r.dataset + str(r.iterations)) % 3)
+        )
+        for r in study_results.grid(seeds=2)
+    ]
+    found = findings(analyse(noisy, False))[OVERFIT]
+    assert found.verdict == "no"
+    assert any("spread by 0.0283" in sentence for sentence in found.figures)
+
+
+def test_a_decoder_and_a_subset_are_set_beside_their_peers():
+    base = list(study_results.grid())
+    start = next(r for r in base if (r.model, r.dataset, r.iterations) == ("swinv2_b", "photos_20", 2000))
+    heavy = dataclasses.replace(start, cell="heavy", decoder="8-blocks", val_loss=start.val_loss + 0.01, train_loss=0.1)
+    few = dataclasses.replace(start, cell="few", dataset="photos8", sampling="classes", val_loss=start.val_loss * 1.001)
+    assert verdicts([*base, heavy, few])[DECODERS:] == ["yes", "yes"]
+    light = dataclasses.replace(heavy, val_loss=start.val_loss - 0.01)
+    other = dataclasses.replace(few, val_loss=start.val_loss * 1.2)
+    assert verdicts([*base, light, other])[DECODERS:] == ["part", "no"]
