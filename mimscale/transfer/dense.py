@@ -16,6 +16,7 @@ in which modules it calls, how often and in what order: under ZeRO-3 all ranks g
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
+from mimscale.models.sizes import SWIN_SIZES
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
 from mimscale.training.engine import OneRankError, Ranks
 from mimscale.training.pretraining import rank_workers
@@ -76,13 +78,20 @@ class DenseRecipe(FinetuneRecipe):
 
     @model_validator(mode="after")
     def _has_a_pyramid(self) -> DenseRecipe:
-        if not self.model.name.startswith("swin"):
+        if self.model.name not in SWIN_SIZES:
             raise PydanticCustomError(
                 "pyramid",
-                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not",
-                {"name": self.model.name},
+                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not: {names}",
+                {"name": self.model.name, "names": ", ".join(SWIN_SIZES)},
             )
         return self
+
+
+def stage_widths(recipe: DenseRecipe) -> list[int]:
+    """Channels of the encoder's maps, told without making one: under ZeRO-3 that would be partitioned over the ranks."""
+    model = recipe.model
+    size = SWIN_SIZES[model.name]
+    return [(model.embed_dim or size.embed_dim) * 2**stage for stage in range(len(model.depths or size.depths))]
 
 
 class PyramidNorms(nn.Module):
@@ -131,7 +140,12 @@ class DenseTask(TransferTask):
 
     @override
     def build(self) -> nn.Module:
-        return self.join(self.recipe, self.encoder(), self.heads(self.recipe, len(self.classes)))
+        encoder = self.encoder()
+        with warnings.catch_warnings():
+            # Under ZeRO-3 the library's own draws find nothing to write to; starting_weights makes up for it.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            heads = self.heads(self.recipe, len(self.classes))
+        return self.join(self.recipe, encoder, heads)
 
     @classmethod
     @override

@@ -21,7 +21,7 @@ from mimscale.training.recipe import Positive, RecipeError, Section
 from mimscale.training.task import Validated
 from mimscale.transfer.coco import Instances, read_instances
 from mimscale.transfer.coco_scores import coco_figures, detect
-from mimscale.transfer.dense import DenseData, DenseRecipe, DenseTask
+from mimscale.transfer.dense import DenseData, DenseRecipe, DenseTask, stage_widths
 from mimscale.transfer.detection_images import STRIDE, DetectionImages, at_test_size
 from mimscale.transfer.detection_pictures import LEAST, DetectionSheet, drawn, drawn_detections
 from mimscale.transfer.mask_rcnn import DetectionHeads, MaskRCNN, Sizes
@@ -116,9 +116,7 @@ class Detection(DenseTask):
     @classmethod
     @override
     def heads(cls, recipe: DetectionRecipe, classes: int) -> DetectionHeads:
-        with torch.device("meta"):
-            widths = [stage["num_chs"] for stage in cls.bare_encoder(recipe).feature_info]
-        return DetectionHeads(widths, classes, Sizes(**recipe.detector.model_dump()))
+        return DetectionHeads(stage_widths(recipe), classes, Sizes(**recipe.detector.model_dump()))
 
     @classmethod
     @override
