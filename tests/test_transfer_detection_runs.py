@@ -70,6 +70,7 @@ def kill_after_a_checkpoint(command: list[str], run: Path) -> None:
             assert time.monotonic() < until
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
+    assert not (run / "result.json").exists(), "it was killed too late"
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,9 @@ def read_instances(file: Path, folder: Path, keep_empty: bool) -> Instances:
     content = read_content(file)
     try:
         return _pack(content, file, folder, keep_empty)
-    except (KeyError, TypeError, AttributeError) as error:
+    except ShardError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{file} is not in COCO's form: {type(error).__name__} {error} while reading it") from None
 
 
@@ -158,7 +160,7 @@ def _pack(content: dict[str, Any], file: Path, folder: Path, keep_empty: bool) -
         "sizes": np.array([(images[n]["height"], images[n]["width"]) for n in kept], np.int32),
         "first": _starts([len(objects[number]) for number in kept]),
         "labels": np.array([label for label, _ in flat], np.int64),
-        "_points": np.array([value for shape in rings for ring in shape for value in ring], np.float32),
+        "_points": np.fromiter((value for shape in rings for ring in shape for value in ring), np.float32),
         "_rings": _starts([len(ring) for shape in rings for ring in shape]),
         "_first_ring": _starts([len(shape) for shape in rings]),
         "_runs": np.frombuffer(b"".join(runs), np.uint8),

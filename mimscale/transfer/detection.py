@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,7 +127,7 @@ class Detection(DenseTask):
         instances = self.images.instances
         objects = instances.objects_of_classes()
         empty = [name for name, count in zip(self.classes, objects.tolist(), strict=True) if not count]
-        left_out = Counter(instances.left_out)
+        left_out = instances.left_out
         return (
             f"Mask R-CNN on {self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
             f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {objects.sum()} objects of {len(self.classes)} classes "
