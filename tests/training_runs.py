@@ -1,4 +1,4 @@
-"""Small pre-training runs on real photographs, for the tests of training."""
+"""Small runs on real photographs, for the tests of training and fine-tuning."""
 
 from __future__ import annotations
 
@@ -75,11 +75,12 @@ def launcher(output: Path, config: Path, *overrides: str, recipe: Path = RECIPE)
 
 
 def run_ranks(ranks: int, cells: list[dict[str, Any]], timeout: float = 500) -> None:
-    """Run several pre-trainings one after the other in one launch of ``ranks`` processes.
+    """Run several trainings one after the other in one launch of ``ranks`` processes.
 
     Args:
         ranks: processes, started by torchrun.
-        cells: each {"output": RUN, "config": a DeepSpeed configuration, "overrides": [key=value, ...]}.
+        cells: each {"output": RUN, "config": a DeepSpeed configuration, "overrides": [key=value, ...]}, and a "recipe" where
+            it is not the demo's.
         timeout: seconds for all of them.
     """
     script = [str(Path(__file__).with_name("pretrain_cells.py")), json.dumps(cells, default=str)]

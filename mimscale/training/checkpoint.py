@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mimscale.training.averaging import AVERAGE
 from mimscale.training.collectives import gather
 
 FORMAT = 1
@@ -107,12 +108,17 @@ class Checkpoint:
         return None
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, whole, fp32, on the CPU: a parameter's name, or ``exp_avg/NAME`` or ``exp_avg_sq/NAME``."""
+        """One tensor, whole, fp32, on the CPU: a parameter's name, alone or after ``exp_avg/``, ``exp_avg_sq/``, ``average/``."""
         for file in self._locate(name):
             if file not in self._files:
                 self._files[file] = safe_open(self.path / file, framework="pt")
             return self._files[file].get_tensor(name)
         raise CheckpointError(f"{self.path} holds no tensor {name}")
+
+    def trained(self, name: str) -> Tensor:
+        """A parameter as it is to be used: its moving average where one was kept."""
+        average = f"{AVERAGE}/{name}"
+        return self.tensor(average if any(self._locate(average)) else name)
 
     def _locate(self, name: str) -> Iterator[str]:
         return (file for file, entry in self.manifest["files"].items() if name in entry["tensors"])

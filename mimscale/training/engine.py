@@ -27,6 +27,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.recipe import RunRecipe
 from mimscale.training.rendezvous import rendezvous
@@ -142,6 +143,10 @@ class Engine:
         restored_steps: updates that state has behind it.
         check: called with the whole shape of every parameter before anything is restored; raises if they do not fit.
         start: weights to begin with by name, ``None`` where the initial ones stay; not used with ``restore``.
+        average_decay: keep a moving average of the weights with this decay.
+
+    Raises:
+        TrainingError: a moving average is asked for where the optimizer is offloaded.
     """
 
     def __init__(
@@ -155,8 +160,12 @@ class Engine:
         restored_steps: int = 0,
         check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
         start: Callable[[str], Tensor | None] | None = None,
+        average_decay: float | None = None,
     ):
         self.ranks = ranks
+        self.average_decay = average_decay
+        # What the optimizer keeps of every parameter.
+        self.kept = MOMENTS if average_decay is None else (*MOMENTS, AVERAGE)
         # Called wherever work gets on: a watchdog may listen.
         self.touch: Callable[[], None] = lambda: None
         self.stage = zero_stage(config)
@@ -209,7 +218,14 @@ class Engine:
             "eps": recipe.optimizer.eps,
         }
         if offloads_optimizer(config):
+            if self.average_decay is not None:
+                raise TrainingError(
+                    "a moving average of the weights does not go with an offloaded optimizer: leave finetune.ema out, or "
+                    "offload_optimizer"
+                )
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        if self.average_decay is not None:
+            return AveragingAdamW(groups, self.average_decay, fused=True, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -283,6 +299,28 @@ class Engine:
         with torch.no_grad():
             return self.engine(*(self._to_device(tensor) for tensor in batch))
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let :meth:`evaluate` use the moving average of the weights, where one is kept. Collective."""
+        if self.average_decay is None:
+            yield
+            return
+        # At stage 0 the weights are their own fp32 master, so a copy has to stand in for it.
+        own = {name: p.detach().clone() for name, p in self.names.items()} if self.stage == 0 else {}
+        for parameter in self.names.values():
+            self._overwrite(parameter, self._full(parameter, AVERAGE))
+        try:
+            yield
+        finally:
+            for name, parameter in self.names.items():
+                self._overwrite(parameter, own[name] if own else self._full(parameter, None))
+
+    def _overwrite(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a weight as the module computes with it from the whole; its fp32 master stays."""
+        with self._whole(parameter), torch.no_grad():
+            if self.stage != 3 or self.ranks.is_first:
+                parameter.copy_(value)
+
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.ranks.device, non_blocking=True)
 
@@ -309,21 +347,29 @@ class Engine:
     # -- the whole state, in and out -------------------------------------------------------------------------------------
 
     def full_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and both of Adam's moments, whole and in fp32, one at a time.
+        """Every parameter and both of Adam's moments, whole and in fp32, one at a time; and the statistics in buffers.
 
         Collective: all ranks iterate together, and each gets on the CPU what ``keep`` says of the parameter's name. Moments
-        are named ``exp_avg/NAME`` and ``exp_avg_sq/NAME``.
+        are named ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, a moving average ``average/NAME``.
         """
+        for name, statistic in saved_buffers(self.module).items():
+            if keep(name):
+                yield name, statistic.detach().float().cpu().clone()
         for name, parameter in self.names.items():
-            for kind in (None, *MOMENTS):
+            for kind in (None, *self.kept):
                 value = self._full(parameter, kind)
                 self.touch()
                 if keep(name):
                     yield (name if kind is None else f"{kind}/{name}"), value.detach().float().cpu().clone()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shape of each trained parameter."""
+        """Whole shape of everything that :meth:`full_state` gives by its own name."""
         return _whole_shapes(self.module)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that are trained."""
+        return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.names.values())
 
     def _full(self, parameter: nn.Parameter, kind: str | None) -> Tensor:
         if self.stage == 0:
@@ -335,24 +381,28 @@ class Engine:
     def _load_weights(self, module: nn.Module, weights: Callable[[str], Tensor | None]) -> None:
         """Set the weights before DeepSpeed makes its copies of them, so that all copies follow."""
         for name, parameter in module.named_parameters():
-            whole = (
-                deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-                if self.stage == 3
-                else contextlib.nullcontext()
-            )
-            with whole:
+            with self._whole(parameter):
                 if (self.stage != 3 or self.ranks.is_first) and (value := weights(name)) is not None:
                     parameter.data.copy_(value)
+        for name, statistic in saved_buffers(module).items():
+            if (value := weights(name)) is not None:
+                statistic.copy_(value)
+
+    def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Under ZeRO-3, gather a parameter for the first rank to change."""
+        if self.stage == 3:
+            return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        return contextlib.nullcontext()
 
     def _load_optimizer(self, restore: Callable[[str], Tensor]) -> None:
         for name, parameter in self.names.items():
             if self.stage == 0:
-                for kind in MOMENTS:
+                for kind in self.kept:
                     self.engine.optimizer.state[parameter][kind].copy_(restore(f"{kind}/{name}"))
                 continue
             # In bf16 the weights set before were rounded; the fp32 master is set to the digit.
             self._set(parameter, restore(name), None)
-            for kind in MOMENTS:
+            for kind in self.kept:
                 self._set(parameter, restore(f"{kind}/{name}"), kind)
 
     def _set(self, parameter: nn.Parameter, value: Tensor, kind: str | None) -> None:
@@ -393,6 +443,8 @@ class Engine:
                 state["step"] = steps
             for kind in MOMENTS:
                 state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format)
+            if self.average_decay is not None:
+                state[AVERAGE] = master.detach().clone(memory_format=torch.preserve_format)
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -402,9 +454,16 @@ class Engine:
             self.engine.destroy()
 
 
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What a module learns outside its parameters (a batch norm's running statistics), by name; alike on all ranks."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
+
+
 def _whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     # Under ZeRO-3 a parameter is an empty placeholder with its real shape beside it.
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters() if p.requires_grad}
+    return trained | {name: tuple(buffer.shape) for name, buffer in saved_buffers(module).items()}
 
 
 def _listed(ranks: list[int]) -> str:

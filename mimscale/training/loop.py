@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
@@ -139,6 +138,7 @@ class _Run:
             restored_steps=updates,
             check=source.check_shapes if source else None,
             start=None if source else task.starting_weights(),
+            average_decay=task.average_decay,
         )
         log = MetricsLog(folder.metrics)
 
@@ -174,7 +174,7 @@ class _Run:
         return this
 
     def _announce(self, source: Checkpoint | None, config: dict[str, Any]) -> None:
-        count = sum(torch.Size(shape).numel() for shape in self.engine.shapes().values())
+        count = self.engine.parameter_count
         self.progress.say(
             f"{self.task.describe()}; {count / 1e6:.2f} M parameters; {self.ranks.world_size} x {self.ranks.device.type}, "
             f"ZeRO stage {self.engine.stage}, {'bf16' if config['bf16']['enabled'] else 'fp32'}, batch "
@@ -323,7 +323,8 @@ class _Run:
 
     def _validate(self) -> None:
         self.watch.note("validate", self.step)
-        found = self.task.validate(self.engine, self.step)
+        with self.engine.averaged():
+            found = self.task.validate(self.engine, self.step)
         if found is None or not self.ranks.is_first:
             return
         self.log.append({"step": self.step, **found.record})
@@ -366,7 +367,7 @@ class _Run:
             tail = training[-max(1, len(training) // 20) :]
             result = {
                 "steps": self.step,
-                "parameters": sum(torch.Size(shape).numel() for shape in self.engine.shapes().values()),
+                "parameters": self.engine.parameter_count,
                 "final_loss": training[-1]["loss"] if training else None,
                 "train_loss": sum(r["loss"] for r in tail) / len(tail) if tail else None,
                 **self.task.result(records),

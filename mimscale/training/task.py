@@ -48,6 +48,8 @@ class Task(ABC):
     recipe: RunRecipe
     # Floating-point operations of one image, forward and backward.
     flops_per_image: int
+    # Of a moving average of the weights, which validation then uses; None for none.
+    average_decay: float | None = None
 
     @abstractmethod
     def build(self) -> nn.Module:

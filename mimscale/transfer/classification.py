@@ -17,6 +17,7 @@ from mimscale.data import EvaluationStream, LabelledStream, ShardError
 from mimscale.data.augment import resize_and_centre_crop
 from mimscale.data.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
+from mimscale.training.collectives import gather
 from mimscale.training.engine import Engine, OneRankError, Ranks
 from mimscale.training.objective import normalise
 from mimscale.training.pretraining import data_position, open_shards, rank_workers
@@ -26,7 +27,7 @@ from mimscale.training.task import TaskBatch, Validated
 from mimscale.transfer.class_pictures import PredictionSheet, confusion_picture
 from mimscale.transfer.labels import ClassCounts, check_labels
 from mimscale.transfer.mixing import Mixing
-from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.transfer.recipe import Finetune, FinetuneRecipe
 from mimscale.transfer.scores import TOP, predict, read_ahead, spread
 from mimscale.transfer.task import TransferTask
 
@@ -75,6 +76,12 @@ class Mix(Section):
         return bool(self.mixup or self.cutmix)
 
 
+class ClassificationFinetune(Finetune):
+    """``ema``: decay of a moving average of the weights, which is then what is validated and used; ``null`` for none."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class ClassificationRecipe(FinetuneRecipe):
     """A recipe for classification."""
 
@@ -83,6 +90,7 @@ class ClassificationRecipe(FinetuneRecipe):
     task: Literal["classification"] = "classification"
     data: LabelledData = LabelledData()
     mix: Mix = Mix()
+    finetune: ClassificationFinetune = ClassificationFinetune()
 
 
 class Classifier(nn.Module):
@@ -131,6 +139,13 @@ class Classification(TransferTask):
         elif data.validation != "val":
             self.index.samples(data.validation)  # an unknown fraction is an error
         self.mixing = Mixing(len(self.index.classes), **recipe.mix.model_dump(), erasing=data.erasing)
+        self.average_decay = recipe.finetune.ema
+        ranks, batch = len(gather(None)), recipe.train.global_batch
+        if recipe.mix.mixes and batch % (2 * ranks):
+            raise RecipeError(
+                f"train.global_batch={batch} over {ranks} ranks does not give each an even number of images, which mixing in "
+                f"pairs takes; choose a multiple of {2 * ranks}, or mix.mixup=0 mix.cutmix=0"
+            )
         self.flops_per_image = 3 * forward_flops(self)
 
     @override
@@ -148,7 +163,7 @@ class Classification(TransferTask):
         cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, image: Image.Image
     ) -> tuple[str, Image.Image | None]:
         size, settings = recipe.data.image_size, recipe.data
-        crop = resize_and_centre_crop(np.asarray(image), cls.shorter_side(recipe), size, settings.interpolation)
+        crop = resize_and_centre_crop(np.array(image), cls.shorter_side(recipe), size, settings.interpolation)
         with torch.no_grad():
             chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
         best = chances.topk(min(TOP, len(chances)))
@@ -182,11 +197,6 @@ class Classification(TransferTask):
     @override
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
         data, train = self.recipe.data, self.recipe.train
-        if self.recipe.mix.mixes and train.global_batch % (2 * ranks.world_size):
-            raise RecipeError(
-                f"train.global_batch={train.global_batch} over {ranks.world_size} ranks does not give each an even number "
-                f"of images, which mixing in pairs takes; {2 * ranks.world_size} divides it, or mix.mixup=0 mix.cutmix=0"
-            )
         stream = LabelledStream(
             self.index,
             fraction=data.fraction,

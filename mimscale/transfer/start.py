@@ -138,7 +138,7 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
     }
     shapes = {name: torch.empty(checkpoint.manifest["shapes"][stored], device="meta") for name, stored in place.items()}
     wanted = _match(encoder, shapes, str(checkpoint.path))
-    return lambda name: checkpoint.tensor(place[f"encoder.{name}"]) if name in wanted else None
+    return lambda name: checkpoint.trained(place[f"encoder.{name}"]) if name in wanted else None
 
 
 def _match(encoder: Any, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimscale.models.export import load
 from mimscale.models.released import load_released
 from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newest
-from mimscale.training.engine import Ranks
+from mimscale.training.engine import Ranks, saved_buffers
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, read_yaml, resolve
 from mimscale.transfer.recipe import FinetuneRecipe, load_finetune_recipe, task_class
@@ -33,15 +33,16 @@ class Standing:
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Set all weights of a module to a checkpoint's.
+    """Set all weights of a module to a checkpoint's, to their moving average where one was kept.
 
     Raises:
         CheckpointError: it is one of another model.
     """
-    checkpoint.check_shapes({name: tuple(p.shape) for name, p in module.named_parameters()})
+    parts = dict(module.named_parameters()) | saved_buffers(module)
+    checkpoint.check_shapes({name: tuple(part.shape) for name, part in parts.items()})
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(checkpoint.tensor(name))
+        for name, part in parts.items():
+            part.copy_(checkpoint.trained(name))
     return module.eval()
 
 
