@@ -6,12 +6,15 @@ import csv
 import dataclasses
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study_results
 from PIL import Image
 
+from mimscale.study.drawing import PALETTE
 from mimscale.study.published import published
 from mimscale.study.report import write_report
 from mimscale.study.results import Result, ResultsError
@@ -187,6 +190,37 @@ def test_contradictory_results_are_refused_and_the_old_report_stays(tmp_path):
     with pytest.raises(ResultsError, match=r"has two results, a/.* and b/"):
         write_report(twice, tmp_path, "Second")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+TO_XYZ = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8729]])  # over D65's white
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_datasets_are_told_apart_with_any_colour_vision(vision):
+    css = resources.files("mimscale.study").joinpath("data", "report.css").read_text()
+    day, night = (re.findall(r"--d[0-5]: (#[0-9a-f]{6})", part) for part in css.split("@media", 1))
+    assert tuple(day) == PALETTE[:6] and len(night) == 6
+    for palette in (day, night):
+        rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in palette])
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        xyz = np.clip(linear @ VISION[vision].T, 0, 1) @ TO_XYZ.T
+        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[np.triu_indices(6, 1)]
+        assert apart.min() > 20  # CIE76; 2.3 is just noticeable
 
 
 def test_a_reports_own_words_cannot_break_the_page(tmp_path):

@@ -19,9 +19,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from mimscale.study.cells import Cell, title
 
-# Datasets from the fewest images to the most. Told apart under protanopia, deuteranopia and tritanopia; in the page they
+# Datasets from the fewest images to the most. The first six are told apart with any kind of colour vision; in the page they
 # are variables, so that a dark page has lighter ones (report.css).
-PALETTE = ("#cf7d00", "#d1495b", "#1b8a6b", "#4f8fe6", "#6a1fa3", "#1b2a49", "#8a6d5b", "#6b7280")
+PALETTE = ("#cb7507", "#c74240", "#167571", "#3090ff", "#2f29b0", "#371527", "#8a6d5b", "#6b7280")
 INK, SOFT, GRID, PAPER = "#1c2430", "#556070", "#e6e9ee", "#ffffff"
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--d{number}" for number, colour in enumerate(PALETTE)
