@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_folder import ImageFolder
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, augment, draws
+from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, augment, draws, writer
 from mimscale.data.shard_format import Index
 
 
@@ -210,6 +211,16 @@ def test_a_damaged_image_is_replaced_by_the_same_other_image_everywhere_and_name
     ]
     assert torch.equal(torch.cat([part.images for part in shared]), batch.images)
     assert [key for part in shared for key, _ in part.skipped] == [bad]
+
+
+@pytest.mark.parametrize("store", ["bytes", "pixels"])
+def test_one_flipped_bit_is_found_where_a_decoder_would_show_another_picture(photographs, tmp_path, store):
+    out = tmp_path / "out"
+    writer.build(ImageFolder(photographs), out, options=writer.Options(store=store))
+    index = ShardIndex.load(out)
+    flipped = {damage(out, sample, lambda d: d[:-200] + bytes([d[-200] ^ 4]) + d[-199:]) for sample in range(0, 32, 3)}
+    batch = next(iter(MIMStream(index, "100", global_batch=32)))
+    assert {key for key, _ in batch.skipped} == flipped and not flipped & set(batch.keys)
 
 
 def test_too_much_damage_stops_with_the_names(own_photo_shards):

@@ -139,7 +139,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(solar_folders, sola
 
 
 def test_a_killed_worker_costs_nothing(solar_folders, solar_shards, tmp_path, monkeypatch):
-    original, witness = writer._write_shard, tmp_path / "killed"
+    original, witness = writer.write_shard, tmp_path / "killed"
 
     def dies_once(task):
         if task.file == "train-050-000001.tar" and not witness.exists():
@@ -147,7 +147,7 @@ def test_a_killed_worker_costs_nothing(solar_folders, solar_shards, tmp_path, mo
             os.kill(os.getpid(), signal.SIGKILL)
         original(task)
 
-    monkeypatch.setattr(writer, "_write_shard", dies_once)
+    monkeypatch.setattr(writer, "write_shard", dies_once)
     source, val = ImageFolder(solar_folders / "train"), ImageFolder(solar_folders / "val")
     writer.build(source, tmp_path / "out", val=val, options=writer.Options(samples_per_shard=20), workers=2)
     assert witness.exists()

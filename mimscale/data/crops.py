@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,33 +26,35 @@ def empty_images(count: int, size: int) -> torch.Tensor:
     return torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
 
 
+def stored_bytes(index: ShardIndex, sample: int) -> memoryview:
+    """The bytes of a sample's image, held against the CRC-32 that the build stored.
+
+    So a JPEG that libjpeg-turbo complains of was like that in its source: ImageNet has some, with stray bytes before the
+    end, and Pillow's reading of them stands.
+
+    Raises:
+        DamagedSample: the bytes are not the ones stored.
+        ShardError: the tar cannot be opened.
+    """
+    # Stored pixels are mapped: most of them are read once, by the resize.
+    data = index.view(sample).data if index.content.store == PIXELS else index.read_view(sample)
+    if not index.intact(sample, data):
+        raise DamagedSample(f"{index.shard_of(sample)}: its bytes are not those that were stored")
+    return data
+
+
 def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
     """A sample's pixels, uint8 (height, width, 3).
-
-    A JPEG that libjpeg-turbo complains of is looked at again: if its bytes are those that were stored, the source was
-    like that (ImageNet has some, with stray bytes before the end) and Pillow's reading of it stands; if not, the shard
-    was damaged.
 
     Raises:
         DamagedSample: the bytes are not the ones stored, or are no image.
         ShardError: the tar cannot be opened.
     """
-    if index.content.store == PIXELS:
-        return decode.decode_pixels(index.view(sample))
-    data = index.read_view(sample)
-    if data[:2] == b"\xff\xd8":
-        try:
-            return decode.decode_jpeg_strictly(data)
-        except DamagedSample:
-            raise
-        except ValueError:
-            pass
-    if not index.intact(sample, data):
-        raise DamagedSample(f"{index.shard_of(sample)}: its bytes are not those that were stored")
-    return decode.decode_leniently(data)
+    data = stored_bytes(index, sample)
+    return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data)
 
 
-class CropStream:
+class CropStream(ABC):
     """Random crops of one fraction, a rank's share of one global batch a step; see :class:`MIMStream` for the arguments.
 
     A stream of its own defines :meth:`batch`.
@@ -105,9 +108,9 @@ class CropStream:
         self.max_damaged = max_damaged
         self.order = SampleOrder(index, fraction, seed, shuffle=shuffle, window=window)
 
+    @abstractmethod
     def batch(self, step: int) -> Any:
         """The rank's share of global batch ``step``: a pure function."""
-        raise NotImplementedError
 
     def __getitem__(self, step: int) -> Any:
         return self.batch(step)
@@ -133,9 +136,10 @@ class CropStream:
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)
             height, width, _ = pixels.shape
             top, left, h, w = augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio)
-            crop = pixels[top : top + h, left : left + w]
-            image = augment.resize(crop, (self.image_size, self.image_size), self.interpolation)
-            images[row] = image.flip(-1) if flips[row] else image
+            image = images[row] if self.device == "cpu" else empty_images(1, self.image_size)[0]
+            augment.resize_into(image, pixels[top : top + h, left : left + w], self.interpolation)
+            if flips[row] or image.device != images.device:
+                images[row] = image.flip(-1) if flips[row] else image
         return images, samples, skipped
 
     def _decode_on_device(
@@ -147,7 +151,7 @@ class CropStream:
         rows, files, boxes = [], [], []
         for row, sample in enumerate(samples.tolist()):
             try:
-                data = self.index.read(sample)
+                data = bytes(stored_bytes(self.index, sample))
                 height, width = decode.jpeg_size(data)
             except (DamagedSample, ValueError):
                 continue

@@ -26,7 +26,6 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 # Baseline, extended and progressive Huffman: what libjpeg-turbo and Pillow both decode.
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
-_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -89,7 +88,7 @@ def decode_leniently(data: bytes | memoryview) -> np.ndarray:
         raise DamagedSample(f"cannot be decoded: {error}") from None
 
 
-def decode_pixels(data: bytes | np.ndarray) -> np.ndarray:
+def decode_pixels(data: bytes | memoryview) -> np.ndarray:
     """A binary PPM as ``store.as_pixels`` writes it, as uint8 (height, width, 3), not copied.
 
     Raises:
@@ -108,7 +107,7 @@ def decode_pixels(data: bytes | np.ndarray) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=end + 1).reshape(size[1], size[0], 3)
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes | memoryview) -> np.ndarray:
     """Image bytes as uint8 (height, width, 3).
 
     Raises:
@@ -127,20 +126,30 @@ def decode_rgb(data: bytes) -> np.ndarray:
 Read = Callable[[int, int], bytes]
 
 
-def _jpeg_size(read: Read, size: int) -> tuple[int, int]:
+# Of a file, looked at together: most photographs' headers are shorter.
+_HEAD_BYTES = 4096
+# Markers whose segments say nothing about the size: tables, application data, comments.
+_STEPPED_OVER = frozenset((*range(0xE0, 0xF0), 0xDB, 0xC4, 0xC8, 0xCC, 0xDD, 0xFE))
+
+
+def _jpeg_size(head: bytes, read: Read, size: int) -> tuple[int, int]:
     """(width, height) from a JPEG's frame header, with every segment up to the first scan walked.
+
+    Args:
+        head: the first bytes of the file.
+        read: see :func:`identify`.
+        size: of the file, bytes.
 
     Raises:
         ValueError: no frame header that libjpeg-turbo decodes before the first scan.
     """
-    head, start = read(0, min(size, 4096)), 0
-    at, found = 2, None
+    start, at, found = 0, 2, None
     while True:
-        if at + 10 > start + len(head):
-            head, start = read(at, min(size - at, 4096)), at
+        i = at - start
+        if i + 10 > len(head):
+            head, start, i = read(at, min(size - at, _HEAD_BYTES)), at, 0
             if len(head) < 4:
                 raise ValueError("no scan before its end")
-        i = at - start
         if head[i] != 0xFF:
             raise ValueError(f"no marker at byte {at}")
         marker = head[i + 1]
@@ -153,7 +162,9 @@ def _jpeg_size(read: Read, size: int) -> tuple[int, int]:
         length = head[i + 2] << 8 | head[i + 3]
         if length < 2 or at + 2 + length > size:
             raise ValueError(f"a segment at byte {at} runs past its end")
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
+        if marker in _STEPPED_OVER:
+            pass
+        elif 0xC0 <= marker <= 0xCF:
             if marker not in _JPEG_FRAMES or head[i + 4] != 8:
                 raise ValueError("a kind of JPEG that needs another decoder")
             found = (head[i + 7] << 8 | head[i + 8], head[i + 5] << 8 | head[i + 6])
@@ -185,10 +196,10 @@ def identify(read: Read, size: int, thorough: bool = False) -> int:
     """
     if size == 0:
         raise DamagedSample("has no bytes")
-    magic = read(0, min(size, 8))
-    if magic[:2] == b"\xff\xd8":
+    head = read(0, min(size, _HEAD_BYTES))
+    if head[:2] == b"\xff\xd8":
         try:
-            _check_size(*_jpeg_size(read, size))
+            _check_size(*_jpeg_size(head, read, size))
             if not thorough and read(size - 2, 2) == b"\xff\xd9":
                 return JPEG
         except DamagedSample:
@@ -198,7 +209,7 @@ def identify(read: Read, size: int, thorough: bool = False) -> int:
         decode_rgb(read(0, size))
         return JPEG
     data = read(0, size)
-    if magic == _PNG_MAGIC and size >= 33:
+    if head[:8] == _PNG_MAGIC and size >= 33:
         _check_size(*struct.unpack(">II", data[16:24]))
         decode_leniently(data)
         if _PNG_END not in data:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from mimscale.data import crew, strata
 from mimscale.data.errors import ShardError
@@ -65,7 +65,7 @@ def _scan(path: Path) -> _Scanned:
                     row[0] = int(text) if text.isdigit() else -1
                 elif row[1] < 0:
                     data = os.pread(descriptor, member.size, member.offset)
-                    row[1:] = [member.offset, member.size, zlib.crc32(data)]
+                    row[1:] = [member.offset, member.size, zlib_ng.crc32(data)]
         except TarError as error:
             broken = str(error)
     kept = {key: row for key, row in samples.items() if row[1] >= 0}

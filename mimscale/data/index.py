@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import zlib
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from mimscale.data import remote, strata
 from mimscale.data.errors import DamagedSample, ShardError
@@ -306,7 +306,7 @@ class ShardIndex:
 
     def intact(self, sample: int, data: bytes | memoryview) -> bool:
         """Whether ``data`` are the bytes that the build stored (by their CRC-32)."""
-        return zlib.crc32(data) == int(self._table["crc"][sample])
+        return zlib_ng.crc32(data) == int(self._table["crc"][sample])
 
     def _descriptor(self, shard: int) -> int:
         if self._owner != os.getpid():

@@ -177,23 +177,32 @@ class Listing:
         Raises:
             ShardError: the source can no longer be read, or has changed since it was listed.
         """
+        data = bytearray(entry.size + 1)
+        self.read_into(entry, memoryview(data))
+        return bytes(memoryview(data)[:-1])
+
+    def read_into(self, entry: Entry, room: memoryview) -> None:
+        """Read the original bytes of one image into ``room``, which has to be longer by a byte at least.
+
+        Raises:
+            ShardError: the source can no longer be read, or has changed since it was listed.
+        """
         try:
             if entry.offset < 0:
                 descriptor = os.open(entry.where, os.O_RDONLY)
                 try:
                     # One byte more than there should be, to see a file that has grown.
-                    data = os.read(descriptor, entry.size + 1)
+                    count = os.readv(descriptor, [room[: entry.size + 1]])
                 finally:
                     os.close(descriptor)
             else:
-                data = os.pread(self._open(entry.container).number, entry.size, entry.offset)
+                count = os.preadv(self._open(entry.container).number, [room[: entry.size]], entry.offset)
         except OSError as error:
             raise ShardError(f"{entry.where}: cannot be read ({error.strerror}); run the build again") from None
-        if len(data) != entry.size:
+        if count != entry.size:
             raise ShardError(
                 f"{entry.where}: its {entry.size} bytes have changed since it was listed; run the build again"
             )
-        return data
 
 
 def _pieces(text: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> list[bytes]:
@@ -231,15 +240,15 @@ def safe_part(name: str) -> str:
 
 def unique(names: Iterable[str], make: Callable[[str], str] = safe_part) -> list[str]:
     """Safe forms of ``names`` that differ from each other; the same names in the same order give the same result."""
-    originals = list(names)
+    safe = [make(name) for name in names]
     taken = set()
     result = []
-    reserved = {make(name) for name in originals}
-    for name in originals:
-        candidate, number = make(name), 1
+    reserved = set(safe)
+    for form in safe:
+        candidate, number = form, 1
         while candidate in taken or (number > 1 and candidate in reserved):
             number += 1
-            candidate = f"{make(name)}-{number}"
+            candidate = f"{form}-{number}"
         taken.add(candidate)
         result.append(candidate)
     return result

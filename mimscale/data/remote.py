@@ -70,6 +70,10 @@ class ShardCache:
 
                 timeout = ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
                 options = {"client_kwargs": {"timeout": timeout}}
+            elif self.url.startswith("s3:"):
+                # The client's own attempts would multiply with ours.
+                waits = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
+                options = {"config_kwargs": waits}
             return fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
             raise ShardError(f"{self.url}: cannot be opened ({error}); pip install 'mimscale[remote]'") from None
@@ -131,6 +135,10 @@ class ShardCache:
                 raise
             except FileNotFoundError:
                 raise ShardError(f"{self.url}/{path.name}: the server has no such file") from None
+            except PermissionError as error:
+                if error.filename == str(beside):
+                    raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
+                raise ShardError(f"{self.url}/{path.name}: the server refuses it ({error}); see to the keys") from None
             except Exception as error:  # every protocol raises its own kinds
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if isinstance(error, OSError) and error.filename == str(beside):

@@ -15,6 +15,8 @@ BYTES, PIXELS = "bytes", "pixels"
 PIXEL_STORE_SHORTER = 256
 # At 95 a re-encoded photograph differs from its source by less than the next resize does.
 _QUALITY = 95
+# Of the kinds that are stored as they came.
+SUFFIX_OF = {decode.JPEG: b".jpg", decode.PNG: b".png"}
 
 
 def _shrunk(pixels: np.ndarray, shorter: int) -> np.ndarray:
@@ -69,8 +71,6 @@ def stored_form(data: bytes, kind: int, store: str, resize_shorter: int | None) 
                     True,
                 )
             return _as_png(small), b".png", True
-    if kind == decode.JPEG:
-        return data, b".jpg", False
-    if kind == decode.PNG:
-        return data, b".png", False
+    if kind in SUFFIX_OF:
+        return data, SUFFIX_OF[kind], False
     return _as_png(decode.decode_rgb(data)), b".png", True

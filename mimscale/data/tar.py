@@ -70,16 +70,14 @@ def pack_header(name: bytes, size: int) -> bytes:
     """
     if size >= 8**11:
         raise TarError(f"{name!r} has {size} bytes; a ustar member holds at most {8**11 - 1}")
-    prefix, name = split_name(name)
-    size_field = b"%011o\x00" % size
+    prefix, name = split_name(name) if len(name) > 100 else (b"", name)
+    size_field = b"%011o" % size
     # The sum of a header is the sum of its parts, and most of them never change.
     checksum = _CONSTANT_SUM + sum(name) + sum(size_field) + sum(prefix)
-    return b"".join(
-        (
-            name.ljust(100, b"\x00"), _CONSTANT_HEAD, size_field, _CONSTANT_TIME, b"%06o\x00 " % checksum,
-            b"0", _LINK_AND_TAIL, prefix.ljust(155, b"\x00"), bytes(12),
-        )
+    head = b"%b%b%b\x00%b%06o\x00 0%b" % (
+        name.ljust(100, b"\x00"), _CONSTANT_HEAD, size_field, _CONSTANT_TIME, checksum, _LINK_AND_TAIL,
     )  # fmt: skip
+    return head + prefix.ljust(BLOCK - len(head), b"\x00")
 
 
 def _number(field: bytes) -> int:

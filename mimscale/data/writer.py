@@ -11,19 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from mimscale.data import crew, draws, store, strata
-from mimscale.data.errors import DamagedSample, ShardError
-from mimscale.data.listing import NO_STRATUM, Entry, Found, Listing, ListingWriter
+from mimscale.data import crew, draws, strata
+from mimscale.data.errors import ShardError
+from mimscale.data.listing import NO_STRATUM, Found, Listing, ListingWriter
 from mimscale.data.shard_format import (
     INDEX_NAME,
     REJECTED_NAME,
@@ -33,13 +31,13 @@ from mimscale.data.shard_format import (
     Shard,
     View,
     file_sha256,
-    sync_folder,
     table_dtype,
     write_durably,
 )
-from mimscale.data.tar import BLOCK, END_OF_ARCHIVE, TarError, pack_header, padding
+from mimscale.data.shard_writer import Options, ShardTask, is_finished, save_array, write_shard
 
 Progress = Callable[[str, int, int], None]
+_DEFAULTS = Options()
 
 
 class ScanTask(Protocol):
@@ -61,34 +59,6 @@ class Source(Protocol):
     def tasks(self, label_of: dict[str, int], thorough: bool) -> list[ScanTask]:
         """What to scan, given the number of each class name; ``thorough``: decode every image."""
         ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of a build, besides its source."""
-
-    samples_per_shard: int = 1000
-    seed: int = 0
-    resize_shorter: int | None = None
-    store: str = store.BYTES
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every image is decoded to be stored, so that every one must be known to decode."""
-        return self.store != store.BYTES or self.resize_shorter is not None
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    file: str
-    split: str
-    stratum: int
-    start: int
-    stop: int
-    work: str
-    out: str
-    plan: str
-    options: Options
 
 
 def _run_scan(task: ScanTask) -> Found:
@@ -166,112 +136,13 @@ def _digest(listing: Listing, order: np.ndarray, shards: list, classes: list[str
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=2)
-def _plan_in(work: str, plan: str) -> tuple[Listing, np.ndarray]:
-    """A worker's view of the plan, opened once a process."""
-    return Listing(Path(work) / "listing"), np.load(Path(work) / "order.npy", mmap_mode="r", allow_pickle=False)
-
-
-# Samples between two writes; they are held in memory once.
-_AT_A_TIME = 16
-
-
-def _write_shard(task: _ShardTask) -> None:
-    """Write one tar and, after it is safe on the disk, its entry in the journal."""
-    listing, order = _plan_in(task.work, task.plan)
-    out, journal = Path(task.out), Path(task.work) / "journal"
-    entries = listing.entries(np.asarray(order[task.start : task.stop]))
-    rows: list[tuple] = []
-    beside = Path(task.work) / f"{task.file}.partial-{os.getpid()}"
-    digest, position, rewritten = hashlib.sha256(), 0, 0
-    try:
-        with beside.open("wb", buffering=0) as file:
-            pieces: list[bytes] = []
-            for number, entry in enumerate(entries, 1):
-                data, suffix, changed = _stored_form(listing, entry, task.options)
-                label = b"%d" % entry.label
-                rows.append((0, entry.label, position + BLOCK, len(data), zlib.crc32(data), entry.key))
-                sample = (
-                    pack_header(entry.key + suffix, len(data)), data, bytes(padding(len(data))),
-                    pack_header(entry.key + b".cls", len(label)), label, bytes(padding(len(label))),
-                )  # fmt: skip
-                position += sum(map(len, sample))
-                pieces += sample
-                rewritten += changed
-                if number % _AT_A_TIME == 0:
-                    _write_all(file, pieces, digest)
-            _write_all(file, [*pieces, END_OF_ARCHIVE], digest)
-            os.fsync(file.fileno())
-        beside.replace(out / task.file)
-    except TarError as error:
-        raise ShardError(str(error)) from None
-    except OSError as error:
-        raise ShardError(
-            f"{out / task.file}: cannot be written ({error.strerror}); free some space and run the same build again"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(out)
-    table = np.array(rows, table_dtype(max(len(entry.key) for entry in entries)))
-    _save_array(journal / f"{task.file}.npy", table)
-    line = {
-        "plan": task.plan,
-        "bytes": position + len(END_OF_ARCHIVE),
-        "sha256": digest.hexdigest(),
-        "rewritten": rewritten,
-    }
-    write_durably(journal / f"{task.file}.json", json.dumps(line).encode())
-
-
-def _write_all(file: BinaryIO, pieces: list[bytes], digest: hashlib._Hash) -> None:
-    """Write and hash ``pieces``, and empty the list."""
-    content = b"".join(pieces)
-    pieces.clear()
-    digest.update(content)
-    view = memoryview(content)
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def _stored_form(listing: Listing, entry: Entry, options: Options) -> tuple[bytes, bytes, bool]:
-    """(bytes to store, suffix, whether they differ from the source's)."""
-    try:
-        return store.stored_form(listing.payload(entry), entry.kind, options.store, options.resize_shorter)
-    except DamagedSample as error:
-        raise ShardError(f"{entry.where} has changed since it was listed: {error}; run the build again") from None
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_durably(path, buffer.getvalue())
-
-
-def _finished(task: _ShardTask) -> bool:
-    """Whether the shard of an earlier, killed build stands as it must: journal entry, size and SHA-256."""
-    path, journal = Path(task.out) / task.file, Path(task.work) / "journal"
-    try:
-        entry = json.loads((journal / f"{task.file}.json").read_bytes())
-        table = np.load(journal / f"{task.file}.npy", allow_pickle=False)
-        return (
-            entry["plan"] == task.plan
-            and len(table) == task.stop - task.start
-            and path.stat().st_size == entry["bytes"]
-            and file_sha256(path) == entry["sha256"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _make_shard(task: _ShardTask) -> int:
-    if not _finished(task):
-        _write_shard(task)
+def _make_shard(task: ShardTask) -> int:
+    if not is_finished(task):
+        write_shard(task)
     return task.stop - task.start
 
 
-def _join_tables(tasks: list[_ShardTask], out: Path, work: Path, key_bytes: int) -> str:
+def _join_tables(tasks: list[ShardTask], out: Path, work: Path, key_bytes: int) -> str:
     """Write the sample table from the journal's pieces, one piece in memory at a time. Returns its SHA-256."""
     dtype, total = table_dtype(key_bytes), tasks[-1].stop
     beside = work / TABLE_NAME
@@ -322,7 +193,7 @@ def build(
     out: Path,
     *,
     val: Source | None = None,
-    options: Options = Options(),
+    options: Options = _DEFAULTS,
     percents: tuple[int, ...] = strata.FRACTIONS,
     views: dict[str, View] | None = None,
     workers: int = 1,
@@ -351,9 +222,9 @@ def build(
         plan = _digest(listing, order, shards, train.classes, options)
         _refuse_other_plan(out, work, plan)
         write_durably(work / "plan", plan.encode())
-        _save_array(work / "order.npy", order)
+        save_array(work / "order.npy", order)
         (work / "journal").mkdir(exist_ok=True)
-        tasks = [_ShardTask(*shard, str(work), str(out), plan, options) for shard in shards]
+        tasks = [ShardTask(*shard, str(work), str(out), plan, options) for shard in shards]
         done = 0
         report("writing images", 0, len(order))
         for count in crew.run(_make_shard, tasks, workers):
