@@ -106,9 +106,9 @@ def _device_number(ranks: Ranks) -> Iterator[None]:
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
+    """Leave the process group, so that this process can join another one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # and forgets the groups that it made of it
 
 
 def on_gpu() -> bool:
