@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,9 +24,10 @@ from mimscale.study.results import Result
 
 @dataclass(frozen=True)
 class Grid:
-    """The plain cells of one objective, with their verdicts."""
+    """The plain cells of one objective, with their verdicts, and the published ones to set beside them."""
 
     cells: tuple[Cell, ...]
+    released: tuple[Cell, ...] = ()
 
     @cached_property
     def verdicts(self) -> dict[Cell, Overfit | None]:
@@ -71,6 +72,14 @@ class Grid:
         """A cell's pre-training compute, relative to the smallest model's shortest length."""
         return relative(cell, self.unit)
 
+    def counterpart(self, cell: Cell) -> Cell | None:
+        """The published run of the same model, data and length, or ``None``."""
+        a = cell.first
+        for other in self.released:
+            if (other.first.model, other.first.dataset, other.first.iterations) == (a.model, a.dataset, a.iterations):
+                return other
+        return None
+
     def correlations(self, score: tuple[str, str], loss: str) -> tuple[Correlation | None, Correlation | None]:
         """A loss with a score, over the cells that overfit and over those that do not (Table 3)."""
         return correlation(self.overfit, score, loss), correlation(self.healthy, score, loss)
@@ -105,16 +114,6 @@ class Analysis:
         peers = [c for c in self.cells if (c.first.objective, c.first.decoder) == (a.objective, a.decoder)]
         return Grid(tuple(c for c in peers if c.first.sampling == a.sampling))
 
-    def counterpart(self, cell: Cell) -> Cell | None:
-        """The published run of the same model, data and length, or ``None``."""
-        a = cell.first
-        if (a.objective, a.decoder, a.sampling) != ("simmim", "linear", "uniform"):
-            return None
-        for other in self.released.cells:
-            if (other.first.model, other.first.dataset, other.first.iterations) == (a.model, a.dataset, a.iterations):
-                return other
-        return None
-
     def sampling_pairs(self) -> list[tuple[Cell, Cell | None]]:
         """Cells pre-trained on all images of a few classes, each with its peer of about as many images of all classes."""
         pairs = []
@@ -142,12 +141,12 @@ def analyse(results: Iterable[Result], beside_paper: bool = True) -> Analysis:
     results = tuple(results)
     found = cells(results)
     of_paper = published()
-    own: Sequence[Result] = () if not beside_paper or results == tuple(of_paper) else of_paper
+    released = () if not beside_paper or results == tuple(of_paper) else tuple(cells(of_paper))
     return Analysis(
         results,
         tuple(found),
-        Grid(tuple(plain(found))),
+        Grid(tuple(plain(found)), released),
         Grid(tuple(plain(found, "mae"))),
-        Grid(tuple(cells(own))),
+        Grid(released),
         beside_paper,
     )

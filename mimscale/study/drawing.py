@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,8 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
+from PIL import Image
 
 from mimscale.study.cells import Cell, title
+from mimscale.study.page import write
 
 # Datasets from the fewest images to the most. The first six are told apart with any kind of colour vision; in the page they
 # are variables, so that a dark page has lighter ones (report.css).
@@ -26,7 +28,7 @@ INK, SOFT, GRID, PAPER = "#1c2430", "#556070", "#e6e9ee", "#ffffff"
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--d{number}" for number, colour in enumerate(PALETTE)
 }
-SMALLEST, LARGEST = 4.0, 10.5  # diameters of the circles, in points
+SMALLEST, LARGEST, CROSS = 4.0, 10.5, 5.0  # diameters of the circles, and of a published run's cross, in points
 LOOK: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -50,7 +52,8 @@ LOOK: Any = {
     "path.simplify": True,
 }
 
-Key = tuple[str, str, float, bool]  # of a legend: text, colour, diameter in points, hollow
+Shape = Literal["full", "hollow", "cross"]
+Key = tuple[str, str, float, Shape]  # of a legend: text, colour, diameter in points, shape
 Mark = tuple[float, float, Cell, bool, float | None]
 
 
@@ -63,9 +66,10 @@ class Style:
 
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> Style:
-        """The style of a study: datasets in order of images, models in order of parameters."""
+        """The style of a study: datasets in order of images, subsets of classes last; models in order of parameters."""
         runs = [cell.first for cell in cells]
-        datasets = dict.fromkeys(r.dataset for r in sorted(runs, key=lambda r: (r.images or 0, r.dataset)))
+        by_images = sorted(runs, key=lambda r: (r.sampling != "uniform", r.images or 0, r.dataset))
+        datasets = dict.fromkeys(r.dataset for r in by_images)
         models = dict.fromkeys(r.model for r in sorted(runs, key=lambda r: (r.parameters or 0, r.model)))
         step = (LARGEST - SMALLEST) / max(1, len(models) - 1)
         return cls(
@@ -101,11 +105,14 @@ class Style:
                 zorder=3,
             )
 
-    def keys(self, datasets: Sequence[str], models: Sequence[str], hollow: bool) -> list[Key]:
+    def keys(self, datasets: Sequence[str], models: Sequence[str], hollow: bool, crosses: bool = False) -> list[Key]:
         """Entries of a legend for these datasets and models."""
-        entries = [(title(name), self.colours[name], 7.0, False) for name in self.colours if name in datasets]
-        entries += [(title(name), SOFT, self.sizes[name], False) for name in self.sizes if name in models]
-        return [*entries, ("overfitting", SOFT, 7.0, True)] if hollow else entries
+        entries: list[Key] = [
+            (title(name), self.colours[name], 7.0, "full") for name in self.colours if name in datasets
+        ]
+        entries += [(title(name), SOFT, self.sizes[name], "full") for name in self.sizes if name in models]
+        entries += [("overfitting", SOFT, 7.0, "hollow")] if hollow else []
+        return [*entries, ("published", SOFT, CROSS, "cross")] if crosses else entries
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,11 @@ class Picture:
         """The panels that show something."""
         return [panel for panel in self.panels if panel.draw]
 
+    @property
+    def columns(self) -> int:
+        """How many panels stand side by side where there is room: two where they come in pairs."""
+        return 3 if len(self.drawn) % 2 else 2
+
     def html(self) -> str:
         """The figure's HTML, with its panels as inline SVG."""
         parts = []
@@ -145,16 +157,17 @@ class Picture:
         missing = f'<div class="absent"><p>Missing</p><ul>{"".join(absent)}</ul></div>' if absent else ""
         legend = "".join(f"<li>{_swatch(*key[1:])}{escape(key[0])}</li>" for key in self.keys) if self.drawn else ""
         legend = f'<ul class="legend" aria-label="Legend">{legend}</ul>' if legend else ""
+        pairs = " pairs" if self.columns == 2 else ""
         link = f' <a href="{self.name}.png">{self.name}.png</a>' if self.drawn else ""
         return (
-            f'<figure>{legend}<div class="panels">{"".join(parts)}</div>{missing}'
+            f'<figure>{legend}<div class="panels{pairs}">{"".join(parts)}</div>{missing}'
             f"<figcaption>{escape(self.caption)}{link}</figcaption></figure>"
         )
 
     def png(self, path: Path) -> None:
         """Write the figure, with its legend, as a PNG (beside, then renamed)."""
         with matplotlib.rc_context(LOOK):
-            columns = min(3, len(self.drawn))
+            columns = min(self.columns, len(self.drawn))
             rows = -(-len(self.drawn) // columns)
             canvas = Canvas(figsize=(max(4.6 * columns, 5.5), 3.7 * rows + 0.8), layout="constrained", facecolor=PAPER)
             FigureCanvasAgg(canvas)
@@ -170,9 +183,11 @@ class Picture:
                 canvas.legend(
                     handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), frameon=False
                 )
-            beside = path.with_name(f".{path.name}.part")
-            canvas.savefig(beside, format="png", dpi=110, facecolor=PAPER, metadata={"Software": None})
-        beside.replace(path)
+            drawn = io.BytesIO()
+            canvas.savefig(drawn, format="png", dpi=110, facecolor=PAPER)
+        small = io.BytesIO()
+        Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        write(path, small.getvalue())
 
 
 def svg(panel: Panel, name: str) -> str:
@@ -209,19 +224,25 @@ def svg(panel: Panel, name: str) -> str:
     return re.sub(r"\n\s*", "\n", drawn).strip()
 
 
-def _swatch(colour: str, diameter: float, hollow: bool) -> str:
+def _swatch(colour: str, diameter: float, shape: Shape) -> str:
     variable = f"var({VARIABLES[colour]})"
-    fill = "none" if hollow else variable
+    fill = variable if shape == "full" else "none"
+    half = f"{diameter / 2:.2f}"
+    drawn = (
+        f'<circle r="{half}"'
+        if shape != "cross"
+        else f'<path d="M-{half}-{half}L{half} {half}M-{half} {half}L{half}-{half}"'
+    )
     return (
-        f'<svg width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true"><circle r="{diameter / 2:.2f}" '
+        f'<svg width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true">{drawn} '
         f'style="fill: {fill}; stroke: {variable}; stroke-width: 1.4"/></svg>'
     )
 
 
-def _handle(text: str, colour: str, diameter: float, hollow: bool) -> Line2D:
-    fill = PAPER if hollow else colour
+def _handle(text: str, colour: str, diameter: float, shape: Shape) -> Line2D:
+    marker, fill = ("x", colour) if shape == "cross" else ("o", PAPER if shape == "hollow" else colour)
     return Line2D(
-        [], [], linestyle="none", marker="o", markersize=diameter, color=colour, markerfacecolor=fill, label=text
+        [], [], linestyle="none", marker=marker, markersize=diameter, color=colour, markerfacecolor=fill, label=text
     )
 
 

@@ -21,6 +21,7 @@ from mimscale.study.plots import (
     marks,
     no_error,
     points_of,
+    published_marks,
     said_range,
     score_of,
     score_spread_of,
@@ -75,6 +76,7 @@ def scaling(study: Analysis, style: Style) -> Picture:
     def compute(axes: Axes) -> None:
         points = points_of(cells, grid.compute, loss_of)
         marks(axes, grid, style, points, spread_of)
+        published_marks(axes, grid, grid.cells, grid.compute, loss_of)
         for law in laws.get("relative compute", ()):
             law_line(axes, law, [value for c in pareto(best) if (value := grid.compute(c))])
         compute_axis(axes, [a for a, _, _ in points])
@@ -149,7 +151,7 @@ def scaling(study: Analysis, style: Style) -> Picture:
         "Lines and bands: power laws, with 95 % confidence intervals, fitted on the non-overfitting frontier. Left, on the "
         "cells there that no cheaper one matches; right, for each training length. Hollow circles are cells that overfit.",
         panels,
-        keys(style, cells, bool(grid.overfit)),
+        keys(style, grid, cells),
     )
 
 
@@ -162,7 +164,7 @@ def against_compute(grid: Grid, style: Style, name: str, heading: str, caption: 
     ]
     panels = [_compute_panel(grid, style, *measure) for measure in measures]
     text = f"{caption} Lines join a model's lengths on one dataset; hollow circles are cells that overfit."
-    return Picture(name, heading, text, panels, keys(style, grid.cells, bool(grid.overfit)))
+    return Picture(name, heading, text, panels, keys(style, grid, grid.cells))
 
 
 def _compute_panel(grid: Grid, style: Style, what: str, measure: Measure, error: Measure) -> Panel:
@@ -190,7 +192,7 @@ def other_tasks(study: Analysis, style: Style) -> Picture:
         "Figure 3. Other tasks against compute",
         "Fine-tuning on COCO, iNaturalist-18 and ADE20K, with relative compute of pre-training.",
         panels,
-        keys(style, used, any(map(grid.overfits, used))),
+        keys(style, Grid(grid.cells), used),
     )
 
 
@@ -218,9 +220,9 @@ def data_need(study: Analysis, style: Style) -> Picture:
     grid = study.simmim
     known = list(grid.verdicts)
     longest = max((c.first.iterations for c in known), default=0)
-    here = [c for c in known if c.first.iterations == longest]
+    here = [c for c in grid.cells if c.first.iterations == longest]
     model = example_model(grid)
-    lengths = [c for c in known if c.first.model == model]
+    lengths = [c for c in grid.cells if c.first.model == model]
     panels = []
 
     def left(axes: Axes) -> None:
@@ -258,7 +260,7 @@ def data_need(study: Analysis, style: Style) -> Picture:
         "One line a dataset; where it rises, the data no longer suffice. "
         "The table below says which dataset is the smallest that does.",
         panels or [Panel("Data need", "", absent="no cell has a validation loss")],
-        keys(style, [*here, *lengths], bool(grid.overfit)),
+        keys(style, grid, [*here, *lengths]),
     )
 
 
@@ -312,7 +314,7 @@ def efficiency(study: Analysis, style: Style) -> Picture:
         "Figure 6. Sample efficiency",
         f"Batch size times updates{where}, one line a model.",
         panels,
-        keys(style, [c for c in cells if c.val_loss is not None], any(map(grid.overfits, cells))),
+        keys(style, grid, cells),
     )
 
 
@@ -354,7 +356,7 @@ def correlations(study: Analysis, style: Style) -> Picture:
         "Lines of least squares: dashed for cells that overfit (hollow), solid for those that do not. "
         "Table 3 holds the correlations.",
         panels,
-        keys(style, [c for c in grid.verdicts if c.scores], bool(grid.overfit)),
+        keys(style, Grid(grid.cells), [c for c in grid.verdicts if c.scores]),
     )
 
 
@@ -379,6 +381,7 @@ def sampling(study: Analysis, style: Style) -> Picture:
                 kind = "--" if cell.first.sampling == "classes" else "-"
                 colour = style.colours[cell.first.dataset]
                 axes.plot([step for step, _ in line], [loss for _, loss in line], kind, color=colour, linewidth=1.4)
+            axes.xaxis.set_major_formatter(lambda step, _: length(round(step)))
             axes.set_xlabel("iterations")
             axes.set_ylabel(what)
 

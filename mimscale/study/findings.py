@@ -200,7 +200,7 @@ def more_data(grid: Grid) -> Finding:
     by_data, by_time = (statistics.median(gain for _, _, gain in gains) for gains in (data, time))
     largest = max(b.first.images or 0 for _, b, _ in data)
     last = [gain for _, b, gain in data if b.first.images == largest]
-    verdict: Verdict = "yes" if statistics.median(last) < LITTLE * by_time else "no"
+    verdict: Verdict = "open" if by_time <= 0 else "yes" if statistics.median(last) < LITTLE * by_time else "no"
     text = [
         f"Among cells that do not overfit, doubling the data lowers validation loss by {by_data:.2%} "
         f"(median of {len(data)} pairs of neighbouring sizes, "
@@ -214,7 +214,6 @@ def more_data(grid: Grid) -> Finding:
     others = _other_families(cells)
     if others:
         text.append(others)
-    text.append(seeds(grid))
     return Finding(claim, verdict, text)
 
 
@@ -230,12 +229,13 @@ def _other_families(cells: Sequence[Cell]) -> str:
     for cell in cells:
         peer = best.get((cell.first.model, cell.first.iterations))
         if peer and family(cell.first.dataset) != family(peer.first.dataset) and peer.val_loss and cell.val_loss:
-            changes.append((cell.first.dataset, cell.val_loss / peer.val_loss - 1, peer.first.dataset))
+            changes.append((cell.first.dataset, cell.val_loss / peer.val_loss - 1))
     if not changes:
         return ""
     return (
         f"On {' and '.join(title(name) for name in dict.fromkeys(c[0] for c in changes))}, of other images, the loss is "
-        f"{statistics.median(c[1] for c in changes):+.2%} from that on {title(changes[0][2])} (median of {len(changes)})."
+        f"{statistics.median(c[1] for c in changes):+.2%} from that on the largest part of "
+        f"{title(family(own[0].first.dataset))} (median of {len(changes)})."
     )
 
 
@@ -284,7 +284,7 @@ def sample_efficiency(grid: Grid) -> Finding:
         text.append("“At least”: the model was there by its shortest length already.")
     better = [row for row in reached if row.saving is not None and row.saving > 1]
     verdict: Verdict = "yes" if len(better) == len(rows) - 1 else "part" if better else "no"
-    return Finding(claim, verdict, [*text, seeds(grid)])
+    return Finding(claim, verdict, text)
 
 
 def proxy(grid: Grid) -> Finding:
@@ -299,13 +299,14 @@ def proxy(grid: Grid) -> Finding:
             if c
         ]
         if said:
-            text.append(f"{SCORE_NAMES[score]}: {'; '.join(said)}.")
             signs += [c.high < 0 for c in (overfit, healthy) if c]
+            sentence = f"{SCORE_NAMES[score]}: {'; '.join(said)}."
             if overfit and healthy:
-                text.append(
-                    f"A rise of 0.01 in loss costs {-0.01 * healthy.slope:.2f} points where cells do not overfit, "
-                    f"and {-0.01 * overfit.slope:.2f} where they do."
+                sentence += (
+                    f" A rise of loss by 0.01 changes it by {0.01 * healthy.slope:+.2f} points where cells do not overfit, "
+                    f"and by {0.01 * overfit.slope:+.2f} where they do."
                 )
+            text.append(sentence)
     if not signs:
         return Finding(claim, "open", ["No task has three cells with a score and a validation loss."])
     verdict: Verdict = "yes" if all(signs) else "part" if any(signs) else "no"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from mimscale.study.analysis import Grid
 from mimscale.study.cells import Cell, title
-from mimscale.study.drawing import INK, SOFT, Key, Style, ticks
+from mimscale.study.drawing import CROSS, INK, SOFT, Key, Style, ticks
 from mimscale.study.laws import PowerLaw
 from mimscale.study.results import SCORE_NAMES
 
@@ -47,10 +47,18 @@ def no_error(_: Cell) -> float | None:
     return None
 
 
-def keys(style: Style, cells: Iterable[Cell], hollow: bool) -> list[Key]:
-    """A legend for these cells."""
+def keys(style: Style, grid: Grid, cells: Iterable[Cell]) -> list[Key]:
+    """A legend for these cells of a grid."""
     cells = list(cells)
-    return style.keys([c.first.dataset for c in cells], [c.first.model for c in cells], hollow)
+    hollow, crosses = any(map(grid.overfits, cells)), any(map(grid.counterpart, cells))
+    return style.keys([c.first.dataset for c in cells], [c.first.model for c in cells], hollow, crosses)
+
+
+def published_marks(axes: Axes, grid: Grid, cells: Iterable[Cell], x: Measure, y: Measure) -> None:
+    """Crosses where the published runs of the same model, data and length lie."""
+    beside = [(x(cell), y(other)) for cell in cells if (other := grid.counterpart(cell))]
+    points = [(a, b) for a, b in beside if a is not None and b is not None]
+    axes.plot([a for a, _ in points], [b for _, b in points], "x", color=SOFT, markersize=CROSS, zorder=4)
 
 
 def points_of(cells: Iterable[Cell], x: Measure, y: Measure) -> list[tuple[float, float, Cell]]:
@@ -88,6 +96,7 @@ def joined(
         colour = colours.pop() if len(colours) == 1 else SOFT
         axes.plot([a for a, _, _ in line], [b for _, b, _ in line], color=colour, linewidth=1, alpha=0.7, zorder=2)
     marks(axes, grid, style, points, error)
+    published_marks(axes, grid, cells, x, y)
 
 
 def law_line(axes: Axes, law: PowerLaw, values: Sequence[float], line: str = "-") -> None:

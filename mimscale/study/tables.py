@@ -39,7 +39,7 @@ def _pair(study: Analysis, here: Value, paper: Any, form: str = "") -> list[Valu
         return [here]
     if isinstance(paper, int | float):
         return [here, Entry(format(paper, form), paper)]
-    return [here, paper]
+    return [here, paper or ""]  # what the paper does not print is not missing
 
 
 def _distinct(
@@ -62,7 +62,8 @@ def architectures(study: Analysis) -> Table:
         row: list[Value] = [title(model)]
         for name in names:
             value = run.architecture.get(name) if run else None
-            shown = Entry(str(value), value if isinstance(value, int) else None) if value is not None else None
+            other = "" if run else None  # a quantity that this architecture does not have
+            shown = other if value is None else Entry(str(value), value if isinstance(value, int) else None)
             row += _pair(study, shown, printed.get(name))
         count = run.parameters if run else None
         row += _pair(study, Entry(images_name(count), count) if count else None, printed.get("parameters"))
@@ -286,7 +287,7 @@ def all_cells(study: Analysis) -> Table:
     columns += ["Epochs", "Relative compute", "Overfits"]
     rows: list[list[Value]] = []
     for cell in study.cells:
-        other = study.counterpart(cell)
+        other = study.simmim.counterpart(cell) if cell in study.simmim.cells else None
         row: list[Value] = [str(cell), cell.first.objective, cell.first.decoder, cell.status]
         done = sum(run.status == "done" for run in cell.runs)
         row += [Entry(f"{done} of {len(cell.runs)}", done), _loss(cell, "val_loss")]
