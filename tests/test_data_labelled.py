@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mimscale.data import Erasing, EvaluationStream, LabelledStream, ShardIndex
+from mimscale.data.labelled import drawing_from
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,34 @@ def test_evaluation_crops_are_torchvisions_and_each_image_comes_once(photos, pho
             reference = theirs(torch.from_numpy(np.array(opened)).permute(2, 0, 1))
         assert (reference.int() - image.int()).abs().max() <= 1
         assert photos.classes[label] == key.split("/")[0]
+
+
+def test_evaluation_pictures_are_those_of_timms_transform(photos, photographs):
+    from timm.data import create_transform
+
+    theirs = create_transform(
+        224, is_training=False, interpolation="bicubic", crop_pct=0.875, mean=(0,) * 3, std=(1,) * 3
+    )
+    for batch in EvaluationStream(photos, "100", 224, 8):
+        for key, image in zip(batch.keys[:2], batch.images, strict=False):
+            with Image.open(photographs / f"{key}.JPEG") as opened:
+                error = theirs(opened).mul(255).sub(image).square().mean()
+            assert 10 * torch.log10(255**2 / error) > 50
+
+
+def test_rand_augment_is_that_of_timms_training_transform_at_the_same_draws(photos):
+    from timm.data import create_transform
+    from timm.data.auto_augment import RandAugment
+
+    theirs = create_transform(
+        96, is_training=True, interpolation="bicubic", auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25
+    )
+    (augment,) = [step for step in theirs.transforms if isinstance(step, RandAugment)]
+    plain, augmented = (
+        next(iter(LabelledStream(photos, image_size=96, global_batch=24, rand_augment=description)))
+        for description in (None, "rand-m9-mstd0.5-inc1")
+    )
+    for row, key in enumerate(plain.draw_keys.tolist()):
+        with drawing_from(key):
+            expected = augment(Image.fromarray(plain.images[row].permute(1, 2, 0).numpy()))
+        assert np.array_equal(augmented.images[row].permute(1, 2, 0), np.array(expected))

@@ -21,6 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, augment, draws, writer
 from mimscale.data.shard_format import Index
+from mimscale.data.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +289,14 @@ def test_a_folder_that_cannot_be_used_says_why(own_photo_shards, harm, said):
         ShardIndex.load(own_photo_shards)
 
 
+def test_the_index_of_another_build_is_not_taken_for_this_ones(photographs, own_photo_shards, tmp_path):
+    writer.build(ImageFolder(photographs), tmp_path / "other", options=writer.Options(samples_per_shard=5, seed=1))
+    (own_photo_shards / "index.json").write_bytes((tmp_path / "other" / "index.json").read_bytes())
+    with pytest.raises(ShardError, match=r"does not match its tars|not the sample table"):
+        ShardIndex.load(own_photo_shards)
+    assert len(verify(own_photo_shards)) > len(list(own_photo_shards.glob("*.tar"))) // 2
+
+
 def test_an_index_stays_small_when_it_travels(solar):
     travelled = pickle.loads(pickle.dumps(solar))
     assert len(pickle.dumps(solar)) < 20_000
@@ -315,10 +324,6 @@ def test_the_index_file_reads_back_as_it_was_written(solar_shards):
 
 
 def test_seven_shards_on_four_ranks_with_three_workers_neither_hang_nor_repeat_nor_drop(photographs, tmp_path):
-    from image_folder import ImageFolder
-
-    from mimscale.data import writer
-
     writer.build(ImageFolder(photographs), tmp_path, options=writer.Options(samples_per_shard=6))
     index = ShardIndex.load(tmp_path)
     assert len(index.shards) == 7

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -136,6 +138,37 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(solar_folders, sola
     first.write_bytes(first.read_bytes()[:-700])
     assert subprocess.run(arguments, capture_output=True).returncode == 0
     assert digests(out) == digests(solar_shards)
+
+
+def _build_until_killed(photographs, out, renames):
+    """A build whose machine fails just before it would give the ``renames``-th file its name."""
+    replace, left = Path.replace, iter(range(renames - 1))
+
+    def replace_or_die(path, target):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = replace_or_die
+    writer.build(ImageFolder(photographs), out, options=writer.Options(samples_per_shard=5))
+
+
+def test_a_build_that_dies_again_and_again_ends_with_the_same_bytes(photographs, photo_shards, tmp_path):
+    context, draw, deaths = multiprocessing.get_context("fork"), random.Random(0), 0
+    while deaths < 60:
+        # Two names are given before the first shard, and four for each shard that is new.
+        process = context.Process(target=_build_until_killed, args=(photographs, tmp_path / "out", draw.randint(1, 7)))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        deaths += 1
+        with pytest.raises(ShardError, match="did not finish"):
+            ShardIndex.load(tmp_path / "out")
+    assert 10 < deaths < 60
+    assert digests(tmp_path / "out") == digests(photo_shards)
+    assert not (tmp_path / "out" / ".build").exists()
 
 
 def test_a_killed_worker_costs_nothing(solar_folders, solar_shards, tmp_path, monkeypatch):

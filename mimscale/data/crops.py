@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -54,10 +54,47 @@ def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
     return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data)
 
 
-class CropStream(ABC):
-    """Random crops of one fraction, a rank's share of one global batch a step; see :class:`MIMStream` for the arguments.
+class CropArguments(TypedDict, total=False):
+    """Arguments of :class:`CropStream` that its kinds pass on."""
 
-    A stream of its own defines :meth:`batch`.
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: str
+    max_damaged: int
+    stop_step: int | None
+    shuffle: str
+    window: int
+    decoder: str
+    device: str
+
+
+class CropStream(ABC):
+    """Random crops of one fraction: a rank's share of one global batch a step, for ever or up to ``stop_step``.
+
+    The crop and flip of a sample are keyed to its position in the run. So the pixels at a position do not depend on
+    rank, world size, worker count or where the run was resumed. A kind of stream defines :meth:`batch`.
+
+    Args:
+        index: the shard folder.
+        fraction: which of its fractions.
+        seed: keys the order and every draw.
+        image_size: side of the crops, pixels.
+        global_batch: samples a step over all ranks.
+        rank: whose share.
+        world_size: how many ranks.
+        start_step: first step to give.
+        workers: processes that read ahead; 0 reads in this one. Does not change the batches.
+        crop_scale: area of a crop as a share of the image, least and most.
+        crop_ratio: width / height of a crop, least and most.
+        flip: chance of a mirror image.
+        interpolation: "bilinear" or "bicubic", antialiased.
+        max_damaged: how many distinct damaged samples to pass over before giving up.
+        stop_step: end before this step.
+        shuffle: "full" or "window", see :class:`SampleOrder`.
+        window: shards that a window shuffle mixes.
+        decoder: "libjpeg-turbo", or "nvimgcodec" for a GPU's JPEG engine.
+        device: where nvimgcodec decodes and the images are to lie; other than "cpu" only with ``workers=0``.
 
     Raises:
         ValueError: a batch that does not divide, or a rank outside the world.
@@ -76,14 +113,14 @@ class CropStream(ABC):
         start_step: int,
         workers: int,
         *,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
-        flip: float,
-        interpolation: str,
-        max_damaged: int,
-        stop_step: int | None,
-        shuffle: str,
-        window: int,
+        crop_scale: tuple[float, float] = (0.67, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        interpolation: str = "bilinear",
+        max_damaged: int = 100,
+        stop_step: int | None = None,
+        shuffle: str = "full",
+        window: int = 16,
         decoder: str = LIBJPEG_TURBO,
         device: str = "cpu",
     ):

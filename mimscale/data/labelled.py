@@ -6,14 +6,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mimscale.data import augment, draws
-from mimscale.data.crops import CropStream, decode_sample, empty_images, too_many
+from mimscale.data.crops import CropArguments, CropStream, decode_sample, empty_images, too_many
 from mimscale.data.errors import DamagedSample
 from mimscale.data.index import ShardIndex
 from mimscale.data.workers import batches
@@ -69,11 +69,10 @@ class LabelledStream(CropStream):
     """Random-resized crops, flips and timm's rand-augment, with labels, for ever or up to ``stop_step``.
 
     Everything is keyed to the sample's position in the run, rand-augment's draws included, so batches are the same at
-    any world size and worker count. Arguments not listed are those of ``MIMStream``.
+    any world size and worker count. Arguments not listed are those of :class:`CropStream`; crops are of 8 to 100 % of
+    the image and bicubic unless told otherwise.
 
     Args:
-        index: the shard folder.
-        fraction: which of its fractions.
         rand_augment: timm's description, such as "rand-m9-mstd0.5-inc1"; None for none.
 
     Raises:
@@ -93,35 +92,13 @@ class LabelledStream(CropStream):
         start_step: int = 0,
         workers: int = 0,
         *,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        interpolation: str = "bicubic",
         rand_augment: str | None = "rand-m9-mstd0.5-inc1",
-        max_damaged: int = 100,
-        stop_step: int | None = None,
-        shuffle: str = "full",
-        window: int = 16,
+        **crops: Unpack[CropArguments],
     ):
+        crops = {"crop_scale": (0.08, 1.0), "interpolation": "bicubic", **crops}
         super().__init__(
-            index,
-            fraction,
-            seed,
-            image_size,
-            global_batch,
-            rank,
-            world_size,
-            start_step,
-            workers,
-            crop_scale=crop_scale,
-            crop_ratio=crop_ratio,
-            flip=flip,
-            interpolation=interpolation,
-            max_damaged=max_damaged,
-            stop_step=stop_step,
-            shuffle=shuffle,
-            window=window,
-        )
+            index, fraction, seed, image_size, global_batch, rank, world_size, start_step, workers, **crops
+        )  # fmt: skip
         self._augment = _rand_augment(rand_augment, image_size) if rand_augment else None
 
     def batch(self, step: int) -> LabelledBatch:

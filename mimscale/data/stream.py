@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 
 from mimscale.data import draws
-from mimscale.data.crops import LIBJPEG_TURBO, CropStream
+from mimscale.data.crops import CropArguments, CropStream
 from mimscale.data.index import ShardIndex
 
 PATCH = 32
@@ -67,33 +68,14 @@ def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tu
 
 
 class MIMStream(CropStream):
-    """Iterates over a run's batches, one a step, for ever or up to ``stop_step``.
+    """Iterates over a run's masked batches, one a step, for ever or up to ``stop_step``.
 
-    The crop, flip and mask of a sample are keyed to its position in the run. So the pixels at a position do not depend
-    on rank, world size, worker count or where the run was resumed.
+    Masks are keyed to a sample's position in the run, as its crop is. Arguments not listed are those of
+    :class:`CropStream`; crops are SimMIM's unless told otherwise.
 
     Args:
-        index: the shard folder.
-        fraction: which of its fractions.
-        seed: keys the order and every draw.
-        image_size: side of the crops, pixels.
-        global_batch: samples a step over all ranks.
-        rank: whose share.
-        world_size: how many ranks.
-        start_step: first step to give.
-        workers: processes that read ahead; 0 reads in this one. Does not change the batches.
-        crop_scale: area of a crop as a share of the image, least and most.
-        crop_ratio: width / height of a crop, least and most.
-        flip: chance of a mirror image.
-        interpolation: "bilinear" or "bicubic", antialiased.
         mask_grid: cells a side; default image_size / 32.
         hidden: hidden cells of each image; default 60 %, rounded up.
-        max_damaged: how many distinct damaged samples to pass over before giving up.
-        stop_step: end before this step.
-        shuffle: "full" or "window", see :class:`SampleOrder`.
-        window: shards that a window shuffle mixes.
-        decoder: "libjpeg-turbo", or "nvimgcodec" for a GPU's JPEG engine.
-        device: where nvimgcodec decodes and the images are to lie; other than "cpu" only with ``workers=0``.
 
     Raises:
         ValueError: a batch that does not divide, a rank outside the world, or a mask that does not fit.
@@ -112,40 +94,13 @@ class MIMStream(CropStream):
         start_step: int = 0,
         workers: int = 0,
         *,
-        crop_scale: tuple[float, float] = (0.67, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        interpolation: str = "bilinear",
         mask_grid: int | None = None,
         hidden: int | None = None,
-        max_damaged: int = 100,
-        stop_step: int | None = None,
-        shuffle: str = "full",
-        window: int = 16,
-        decoder: str = LIBJPEG_TURBO,
-        device: str = "cpu",
+        **crops: Unpack[CropArguments],
     ):
         super().__init__(
-            index,
-            fraction,
-            seed,
-            image_size,
-            global_batch,
-            rank,
-            world_size,
-            start_step,
-            workers,
-            crop_scale=crop_scale,
-            crop_ratio=crop_ratio,
-            flip=flip,
-            interpolation=interpolation,
-            max_damaged=max_damaged,
-            stop_step=stop_step,
-            shuffle=shuffle,
-            window=window,
-            decoder=decoder,
-            device=device,
-        )
+            index, fraction, seed, image_size, global_batch, rank, world_size, start_step, workers, **crops
+        )  # fmt: skip
         self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
 
     def batch(self, step: int) -> MIMBatch:

@@ -217,6 +217,9 @@ def build(
     work = out / WORK_FOLDER
     out.mkdir(parents=True, exist_ok=True)
     with _sole_builder(out, work):
+        # What a build that was cut off was about to give its name; its successor has another process id.
+        for stray in out.glob("*.partial-*"):
+            stray.unlink()
         listing, train_rows, rejected = _scan(train, val, work, options.decodes, workers, report)
         order, shards = _plan(listing, train_rows, percents, options)
         plan = _digest(listing, order, shards, train.classes, options)
