@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import study_results
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mimscale.study import tables
 from mimscale.study.analysis import analyse
 from mimscale.study.findings import findings
 from mimscale.study.published import published
@@ -77,3 +81,47 @@ def test_a_decoder_and_a_subset_are_set_beside_their_peers():
     light = dataclasses.replace(heavy, val_loss=start.val_loss - 0.01)
     other = dataclasses.replace(few, val_loss=start.val_loss * 1.2)
     assert verdicts([*base, light, other])[DECODERS:] == ["part", "no"]
+
+
+UNKNOWN = ("parameters", "images", "global_batch", "flops_per_image", "val_loss", "train_loss", "classes")
+some_runs = st.lists(
+    st.tuples(
+        st.sampled_from(list(study_results.grid(seeds=2))),
+        st.sets(st.sampled_from(UNKNOWN), max_size=2),
+        st.sampled_from(["done", "done", "done", "missing", "stopped", "failed", "running"]),
+        st.sampled_from(["simmim", "simmim", "mae"]),
+        st.sampled_from(["linear", "linear", "8-blocks"]),
+        st.sampled_from(["uniform", "uniform", "classes"]),
+    ),
+    max_size=30,
+    unique_by=lambda drawn: drawn[0].cell,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_runs)
+def test_any_part_of_a_study_has_findings_and_tables(drawn):
+    results = [
+        dataclasses.replace(
+            run, status=status, objective=objective, decoder=decoder, sampling=sampling, **dict.fromkeys(unknown)
+        )
+        for run, unknown, status, objective, decoder, sampling in drawn
+    ]
+    study = analyse(results)
+    assert len(findings(study)) == 8
+    for make in (tables.architectures, tables.datasets, tables.correlation_table, tables.decoders, tables.sampling):
+        assert len({len(row) for row in make(study).rows}) == 1
+    assert len(tables.all_cells(study).rows) == len(study.cells)
+    assert len(tables.all_runs(study, Path("out")).rows) == len(results)
+    for row in [*tables.laws(study).rows, *tables.needs(study).rows, *tables.efficiency(study).rows]:
+        assert "nan" not in "".join(str(value) for value in row)
+
+
+def test_a_run_that_diverged_counts_in_no_mean_and_spoils_no_fit():
+    runs = list(study_results.grid(seeds=2))
+    index = next(i for i, r in enumerate(runs) if r.dataset == "photos_100" and r.seed == 1)
+    bad = [dataclasses.replace(r, val_loss=float("nan")) if i == index else r for i, r in enumerate(runs)]
+    study = analyse(bad, False)
+    cell = next(c for c in study.cells if runs[index] in c.runs or bad[index] in c.runs)
+    assert cell.val_loss == runs[index - 1].val_loss and cell.spread is None
+    assert all(law.slope == law.slope for law in study.simmim.laws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -27,7 +28,8 @@ class Cell:
     """One pre-training of the grid, over its seeds.
 
     Losses are means over the seeds that are done (``None`` where there are none); ``spread`` is their standard
-    deviation (``None`` below two seeds). A stopped run's loss is that of an unfinished schedule, so it does not count.
+    deviation (``None`` below two seeds). A stopped run's loss is that of an unfinished schedule, so it does not count, and
+    neither does one that diverged (no finite loss).
     Cells are equal where their keys are, so that a cell can be looked up whatever its results.
     """
 
@@ -143,13 +145,13 @@ def _join(key: tuple[Any, ...], runs: list[Result], tuned: dict[str, list[Result
     scores = {}
     for key_of_score, pairs in by_score.items():
         mean_score, deviation = _mean([value for value, _ in pairs])
-        assert mean_score is not None
-        scores[key_of_score] = Score(mean_score, deviation, tuple(result for _, result in pairs))
+        if mean_score is not None:
+            scores[key_of_score] = Score(mean_score, deviation, tuple(result for _, result in pairs))
     return Cell(key, tuple(runs), mean, spread, _mean([run.train_loss for run in done])[0], scores)
 
 
 def _mean(values: list[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
