@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mimscale.study import tables
 from mimscale.study.analysis import analyse
+from mimscale.study.figures import figures
 from mimscale.study.findings import findings
 from mimscale.study.published import published
 from mimscale.study.results import Result
@@ -81,6 +82,25 @@ def test_a_decoder_and_a_subset_are_set_beside_their_peers():
     light = dataclasses.replace(heavy, val_loss=start.val_loss - 0.01)
     other = dataclasses.replace(few, val_loss=start.val_loss * 1.2)
     assert verdicts([*base, light, other])[DECODERS:] == ["part", "no"]
+
+
+def test_a_task_of_the_studys_own_takes_imagenets_place():
+    runs = list(study_results.grid())
+    tuned = [
+        dataclasses.replace(
+            r, cell=f"{r.cell}-t", kind="finetune", task="cells", scores={"top1": 90 - 20 * r.val_loss}, start=r.cell
+        )
+        for r in runs
+    ]
+    study = analyse([*runs, *tuned])
+    assert study.main_score == ("cells", "top1")
+    assert findings(study)[PROXY].verdict == "yes" and "cells top-1: r = -1.00" in findings(study)[PROXY].figures[0]
+    assert (
+        tables.all_cells(study).rows[0][tables.all_cells(study).columns.index("cells top-1")].text
+        == f"{tuned[0].scores['top1']:.2f}"
+    )
+    assert [p.heading for p in figures(study)[1].drawn] == ["Training loss", "Validation loss", "cells top-1"]
+    assert "ImageNet-1K top-1, paper" in tables.decoders(study).columns
 
 
 UNKNOWN = ("parameters", "images", "global_batch", "flops_per_image", "val_loss", "train_loss", "classes")

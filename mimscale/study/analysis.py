@@ -19,7 +19,7 @@ from mimscale.study.laws import (
 )
 from mimscale.study.overfitting import DataNeed, Overfit, data_needs, overfitting
 from mimscale.study.published import published
-from mimscale.study.results import Result
+from mimscale.study.results import SCORES, TOP1, Result, Score
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,18 @@ class Analysis:
     mae: Grid
     released: Grid
     beside_paper: bool
+
+    @cached_property
+    def scores(self) -> tuple[Score, ...]:
+        """The paper's scores, then those of tasks that are the study's own."""
+        found = dict.fromkeys(score for cell in self.cells for score in cell.scores)
+        return (*SCORES, *sorted(found.keys() - set(SCORES)))
+
+    @cached_property
+    def main_score(self) -> Score:
+        """What Figures 2, 4 and 6 and Tables 4 and 5 show: ImageNet-1K's accuracy, or else the first score there is."""
+        found = [score for score in (TOP1, *self.scores) if any(score in cell.scores for cell in self.cells)]
+        return found[0] if found else TOP1
 
     def grid(self, cell: Cell) -> Grid:
         """The grid that a cell is compared within: its own peers, where it is not of a plain grid."""

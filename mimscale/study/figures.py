@@ -29,7 +29,7 @@ from mimscale.study.plots import (
     spread_of,
     train_loss_of,
 )
-from mimscale.study.results import SCORE_NAMES, SCORES
+from mimscale.study.results import SCORES, Score, score_name
 
 LOSS = {"val_loss": "validation loss", "train_loss": "training loss"}
 OTHER_TASKS = (("coco", "ap_box"), ("coco", "ap_mask"), ("inat18", "top1"), ("ade20k", "miou"))  # as in Figure 3
@@ -45,9 +45,9 @@ def figures(study: Analysis) -> list[Picture]:
             study.simmim,
             style,
             "figure2",
-            "Figure 2. Losses and ImageNet-1K accuracy against compute",
+            "Figure 2. Losses and fine-tuning accuracy against compute",
             "SimMIM on SwinV2. Relative compute is that of pre-training; the smallest model's shortest length is 1.",
-            ("in1k", "top1"),
+            study.main_score,
         ),
         other_tasks(study, style),
         against_compute(
@@ -56,7 +56,7 @@ def figures(study: Analysis) -> list[Picture]:
             "figure4",
             "Figure 4. The same with MAE and ViT",
             "MAE on ViT. The smallest ViT's shortest length is 1.",
-            ("in1k", "top1"),
+            study.main_score,
         ),
         data_need(study, style),
         efficiency(study, style),
@@ -155,12 +155,12 @@ def scaling(study: Analysis, style: Style) -> Picture:
     )
 
 
-def against_compute(grid: Grid, style: Style, name: str, heading: str, caption: str, score: tuple[str, str]) -> Picture:
+def against_compute(grid: Grid, style: Style, name: str, heading: str, caption: str, score: Score) -> Picture:
     """Figures 2 and 4: training loss, validation loss and fine-tuning accuracy with relative compute."""
     measures: list[tuple[str, Measure, Measure]] = [
         ("training loss", train_loss_of, no_error),
         ("validation loss", loss_of, spread_of),
-        (SCORE_NAMES[score], score_of(score), score_spread_of(score)),
+        (score_name(score), score_of(score), score_spread_of(score)),
     ]
     panels = [_compute_panel(grid, style, *measure) for measure in measures]
     text = f"{caption} Lines join a model's lengths on one dataset; hollow circles are cells that overfit."
@@ -185,8 +185,9 @@ def _compute_panel(grid: Grid, style: Style, what: str, measure: Measure, error:
 def other_tasks(study: Analysis, style: Style) -> Picture:
     """Figure 3: scores on the other tasks with relative compute."""
     grid = study.simmim
-    panels = [_compute_panel(grid, style, SCORE_NAMES[s], score_of(s), score_spread_of(s)) for s in OTHER_TASKS]
-    used = [cell for cell in grid.cells if any(score in cell.scores for score in OTHER_TASKS)]
+    tasks = [*OTHER_TASKS, *(s for s in study.scores if s not in SCORES and s != study.main_score)]
+    panels = [_compute_panel(grid, style, score_name(s), score_of(s), score_spread_of(s)) for s in tasks]
+    used = [cell for cell in grid.cells if any(score in cell.scores for score in tasks)]
     return Picture(
         "figure3",
         "Figure 3. Other tasks against compute",
@@ -269,7 +270,7 @@ def efficiency(study: Analysis, style: Style) -> Picture:
     grid = study.simmim
     dataset = full_dataset(grid.cells)
     cells = [c for c in grid.cells if c.first.dataset == dataset]
-    score = ("in1k", "top1")
+    score = study.main_score
     accuracy = score_of(score)
     panels = []
     measures: list[tuple[str, Measure, Measure]] = [
@@ -322,10 +323,10 @@ def correlations(study: Analysis, style: Style) -> Picture:
     """Figure 7: scores with pre-training losses, apart for cells that overfit and those that do not."""
     grid = study.simmim
     panels = []
-    for score in SCORES:
+    for score in study.scores:
         for loss, measure in (("train_loss", train_loss_of), ("val_loss", loss_of)):
             points = points_of(grid.verdicts, measure, score_of(score))
-            heading = f"{SCORE_NAMES[score]} with {LOSS[loss]}"
+            heading = f"{score_name(score)} with {LOSS[loss]}"
             if not points:
                 panels.append(Panel(heading, "", absent="no cell has both"))
                 continue
@@ -334,7 +335,7 @@ def correlations(study: Analysis, style: Style) -> Picture:
             def draw(
                 axes: Axes,
                 measure: Measure = measure,
-                score: tuple[str, str] = score,
+                score: Score = score,
                 loss: str = loss,
                 lines: tuple[Correlation | None, Correlation | None] = lines,
             ) -> None:
@@ -344,7 +345,7 @@ def correlations(study: Analysis, style: Style) -> Picture:
                         ends = np.array([f(getattr(c, loss) for c in line.cells) for f in (min, max)])
                         axes.plot(ends, line.intercept + line.slope * ends, kind, color=INK, zorder=4)
                 axes.set_xlabel(LOSS[loss])
-                axes.set_ylabel(SCORE_NAMES[score])
+                axes.set_ylabel(score_name(score))
 
             said = [f"{n}: r = {c.r:+.2f}" for n, c in zip(("overfitting", "others"), lines, strict=True) if c]
             panels.append(

@@ -15,7 +15,7 @@ from mimscale.study.cells import Cell, family, length, title
 from mimscale.study.laws import full_dataset
 from mimscale.study.page import typeset
 from mimscale.study.plots import images_name
-from mimscale.study.results import SCORE_NAMES, SCORES
+from mimscale.study.results import score_name
 
 Verdict = Literal["yes", "part", "no", "open"]
 SAID: dict[Verdict, str] = {
@@ -26,7 +26,6 @@ SAID: dict[Verdict, str] = {
 }
 # More data is said not to help where doubling it gains less than this share of what doubling the training does.
 LITTLE = 0.5
-TOP1 = ("in1k", "top1")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def findings(study: Analysis) -> list[Finding]:
         more_data(study.simmim),
         laws(study.simmim),
         sample_efficiency(study.simmim),
-        proxy(study.simmim),
+        proxy(study),
         overfitting_finding(study.mae, "MAE overfits in the same way (Section 4.1)"),
         decoders(study),
         sampling(study),
@@ -287,12 +286,12 @@ def sample_efficiency(grid: Grid) -> Finding:
     return Finding(claim, verdict, text)
 
 
-def proxy(grid: Grid) -> Finding:
+def proxy(study: Analysis) -> Finding:
     """Section 4.3 and Table 3."""
     claim = "Validation loss tells the fine-tuning score, with a break where overfitting sets in (Section 4.3)"
     text, signs = [], []
-    for score in SCORES:
-        overfit, healthy = grid.correlations(score, "val_loss")
+    for score in study.scores:
+        overfit, healthy = study.simmim.correlations(score, "val_loss")
         said = [
             f"r = {c.r:+.2f} [{c.low:+.2f}, {c.high:+.2f}] over {len(c.cells)} cells that {what}"
             for c, what in ((overfit, "overfit"), (healthy, "do not"))
@@ -300,7 +299,7 @@ def proxy(grid: Grid) -> Finding:
         ]
         if said:
             signs += [c.high < 0 for c in (overfit, healthy) if c]
-            sentence = f"{SCORE_NAMES[score]}: {'; '.join(said)}."
+            sentence = f"{score_name(score)}: {'; '.join(said)}."
             if overfit and healthy:
                 sentence += (
                     f" A rise of loss by 0.01 changes it by {0.01 * healthy.slope:+.2f} points where cells do not overfit, "
@@ -340,9 +339,10 @@ def decoders(study: Analysis) -> Finding:
         if base.train_loss is not None and cell.train_loss is not None:
             parts.insert(0, f"training loss {cell.train_loss - base.train_loss:+.4f}")
             signs.append(cell.train_loss < base.train_loss)
-        if TOP1 in base.scores and TOP1 in cell.scores:
-            change = cell.scores[TOP1].mean - base.scores[TOP1].mean
-            parts.append(f"ImageNet-1K top-1 {change:+.2f}")
+        score = study.main_score
+        if score in base.scores and score in cell.scores:
+            change = cell.scores[score].mean - base.scores[score].mean
+            parts.append(f"{score_name(score)} {change:+.2f}")
             signs.append(change > -0.1)
         text.append(f"{cell.first.decoder} against linear on {base}: {', '.join(parts)}.")
     verdict: Verdict = "yes" if all(signs) else "part" if any(signs) else "no"
@@ -359,8 +359,8 @@ def sampling(study: Analysis) -> Finding:
         change = cell.val_loss / peer.val_loss - 1
         signs.append(abs(change) < 0.02)
         scores = [
-            f"{SCORE_NAMES[s]} {cell.scores[s].mean - peer.scores[s].mean:+.2f}"
-            for s in SCORES
+            f"{score_name(s)} {cell.scores[s].mean - peer.scores[s].mean:+.2f}"
+            for s in study.scores
             if s in cell.scores and s in peer.scores
         ]
         text.append(

@@ -166,9 +166,10 @@ def correlation(found: Iterable[Cell], score: tuple[str, str], loss: str) -> Cor
         return None
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     low, high = -1.0, 1.0
-    if len(used) > 3 and abs(r) < 1:
+    if len(used) > 3:
         reach = stats.norm.ppf((1 + CONFIDENCE) / 2) / math.sqrt(len(used) - 3)
-        low, high = math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)
+        z = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
+        low, high = math.tanh(z - reach), math.tanh(z + reach)
     line = stats.linregress(x, y)
     return Correlation(r, low, high, used, line.slope, line.intercept)
 

@@ -12,7 +12,7 @@ from mimscale.study.analysis import Grid
 from mimscale.study.cells import Cell, title
 from mimscale.study.drawing import CROSS, INK, SOFT, Key, Style, ticks
 from mimscale.study.laws import PowerLaw
-from mimscale.study.results import SCORE_NAMES
+from mimscale.study.results import Score
 
 Measure = Callable[[Cell], float | None]
 
@@ -27,12 +27,12 @@ def train_loss_of(cell: Cell) -> float | None:
     return cell.train_loss
 
 
-def score_of(score: tuple[str, str]) -> Measure:
+def score_of(score: Score) -> Measure:
     """How a cell's score is had."""
     return lambda cell: cell.scores[score].mean if score in cell.scores else None
 
 
-def score_spread_of(score: tuple[str, str]) -> Measure:
+def score_spread_of(score: Score) -> Measure:
     """How the spread of a cell's score over its seeds is had."""
     return lambda cell: cell.scores[score].spread if score in cell.scores else None
 
@@ -140,4 +140,4 @@ def size_axis(axes: Axes, cells: Iterable[Cell]) -> None:
 
 def heading_of(what: str) -> str:
     """A quantity's name as a heading."""
-    return what if what in SCORE_NAMES.values() else what[0].upper() + what[1:]
+    return what[0].upper() + what[1:] if what.endswith("loss") else what

@@ -12,6 +12,7 @@ from typing import Any, Literal
 Status = Literal["done", "missing", "failed", "running", "stopped"]
 Kind = Literal["pretrain", "finetune"]
 Point = tuple[int, float | None, float | None]
+Score = tuple[str, str]  # a task and one of its scores
 
 # Each fine-tuning task's score, larger is better, in percent (Section 3.5): (task, score) in the order of Table 3.
 SCORES = (("in1k", "top1"), ("inat18", "top1"), ("coco", "ap_box"), ("coco", "ap_mask"), ("ade20k", "miou"))
@@ -22,6 +23,15 @@ SCORE_NAMES = {
     ("coco", "ap_mask"): "COCO mask AP",
     ("ade20k", "miou"): "ADE20K mIoU",
 }
+
+TOP1: Score = ("in1k", "top1")
+_METRICS = {"top1": "top-1", "ap_box": "box AP", "ap_mask": "mask AP", "miou": "mIoU"}
+
+
+def score_name(score: Score) -> str:
+    """A score as a reader knows it: "ImageNet-1K top-1"; a task of the study's own keeps its name."""
+    task, metric = score
+    return SCORE_NAMES.get(score) or f"{task} {_METRICS.get(metric, metric)}"
 
 
 class ResultsError(Exception):

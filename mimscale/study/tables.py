@@ -13,9 +13,7 @@ from mimscale.study.laws import Correlation, PowerLaw
 from mimscale.study.page import Entry, Table, Value
 from mimscale.study.plots import images_name
 from mimscale.study.published import paper_tables, published
-from mimscale.study.results import SCORE_NAMES, SCORES, Result
-
-TOP1 = ("in1k", "top1")
+from mimscale.study.results import TOP1, Result, score_name
 
 
 def number(value: float | None, form: str = ".4f") -> Value:
@@ -32,6 +30,12 @@ def _beside(study: Analysis, *columns: str) -> tuple[str, ...]:
     return tuple(
         name for column in columns for name in ((column, f"{column}, paper") if study.beside_paper else (column,))
     )
+
+
+def _with_score(study: Analysis, *columns: str) -> tuple[str, ...]:
+    """The same, and the score that stands for fine-tuning beside the paper's."""
+    paper = (f"{score_name(TOP1)}, paper",) if study.beside_paper else ()
+    return (*_beside(study, *columns), score_name(study.main_score), *paper)
 
 
 def _pair(study: Analysis, here: Value, paper: Any, form: str = "") -> list[Value]:
@@ -106,8 +110,8 @@ def correlation_table(study: Analysis) -> Table:
         "Others, validation loss",
     )
     rows: list[list[Value]] = []
-    for score in SCORES:
-        row: list[Value] = [SCORE_NAMES[score]]
+    for score in study.scores:
+        row: list[Value] = [score_name(score)]
         groups = {loss: study.simmim.correlations(score, loss) for loss in ("train_loss", "val_loss")}
         for group, name in enumerate(("overfit", "other")):
             for loss in ("train_loss", "val_loss"):
@@ -166,10 +170,10 @@ def decoders(study: Analysis) -> Table:
                 *_pair(study, Entry(f"{total / 1e6:.1f}M", total) if total else None, printed.get("total_parameters")),
                 *_pair(study, _loss(cell, "train_loss"), printed.get("train_loss"), ".2f"),
                 *_pair(study, _loss(cell, "val_loss"), printed.get("val_loss"), ".2f"),
-                *_pair(study, _score(cell.scores.get(TOP1)) if cell else None, printed.get("top1"), ".1f"),
+                *_pair(study, _score(cell.scores.get(study.main_score)) if cell else None, printed.get("top1"), ".1f"),
             ]
         )
-    columns = _beside(study, "Parameters", "Training loss", "Validation loss", "ImageNet-1K top-1")
+    columns = _with_score(study, "Parameters", "Training loss", "Validation loss")
     return Table(
         "table4",
         "Table 4. Decoders",
@@ -197,10 +201,10 @@ def sampling(study: Analysis) -> Table:
                 *_pair(study, number(cell.first.classes if cell else None, ",.0f"), printed.get("classes"), ",d"),
                 *_pair(study, _loss(cell, "train_loss"), printed.get("train_loss"), ".3f"),
                 *_pair(study, _loss(cell, "val_loss"), printed.get("val_loss"), ".3f"),
-                *_pair(study, _score(cell.scores.get(TOP1)) if cell else None, printed.get("top1"), ".1f"),
+                *_pair(study, _score(cell.scores.get(study.main_score)) if cell else None, printed.get("top1"), ".1f"),
             ]
         )
-    columns = _beside(study, "Classes", "Training loss", "Validation loss", "ImageNet-1K top-1")
+    columns = _with_score(study, "Classes", "Training loss", "Validation loss")
     note = "The paper's: SwinV2-L, 500K iterations." if study.beside_paper else ""
     return Table("table5", "Table 5. Sampling strategies", ("Dataset", "Cell", *columns), rows, note)
 
@@ -276,13 +280,13 @@ def _verdict(study: Analysis, cell: Cell) -> Value:
 
 def all_cells(study: Analysis) -> Table:
     """Every cell of the grid over its seeds, with what was published of it."""
-    scores = [score for score in SCORES if any(score in cell.scores for cell in study.cells)]
+    scores = [score for score in study.scores if any(score in cell.scores for cell in study.cells)]
     released = bool(study.released.cells)
     columns = ["Cell", "Objective", "Decoder", "Status", "Seeds", "Validation loss"]
     columns += ["Published", "Difference"] if released else []
     columns += ["Training loss"]
     for score in scores:
-        columns += [SCORE_NAMES[score]]
+        columns += [score_name(score)]
         columns += ["Published top-1"] if released and score == TOP1 else []
     columns += ["Epochs", "Relative compute", "Overfits"]
     rows: list[list[Value]] = []
