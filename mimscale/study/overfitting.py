@@ -40,7 +40,7 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
     """
     known = [cell for cell in found if cell.val_loss is not None]
     if tolerance is None:
-        tolerance = _noise(known)
+        tolerance = noise(known)
     verdicts: dict[Cell, Overfit | None] = {}
     for cell in known:
         worst: Overfit | None = None
@@ -66,7 +66,7 @@ def _cheaper(other: Cell, cell: Cell) -> str:
     return ""
 
 
-def _noise(known: list[Cell]) -> float:
+def noise(known: list[Cell]) -> float:
     """Twice the standard error of a difference of two cells' means, from the seeds' pooled spread; 0 with one seed."""
     spreads = [(cell.spread**2, len(cell.runs)) for cell in known if cell.spread is not None]
     if not spreads:

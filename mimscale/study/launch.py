@@ -1,0 +1,89 @@
+"""The command line of the study: ``python launchers/study.py plan|submit|run|status|report STUDY.yaml [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mimscale.study.graph import Job, build_graph
+from mimscale.study.grid import Study, StudyError, load_study
+from mimscale.study.results import ResultsError
+from mimscale.training.slurm import SlurmError
+
+Command = Callable[[Study, dict[str, Job], argparse.Namespace], int]
+
+
+def _plan(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.picture import draw_graph
+    from mimscale.study.plan import plan_text, write_plan
+
+    print(plan_text(study, jobs))
+    output = Path(study.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_plan(study, jobs, output / "plan.json")
+    pictures = draw_graph(study, jobs, output)
+    print(f"\nThe same as data: {output / 'plan.json'}; the graph as a picture: {', '.join(map(str, pictures))}")
+    return 0
+
+
+def _run(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.local import LocalRun
+
+    return LocalRun(study, jobs).run()
+
+
+def _submit(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.cluster import submit_study
+
+    return submit_study(study, jobs)
+
+
+def _status(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.overview import show_status
+
+    return show_status(study, jobs, options.watch)
+
+
+def _report(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.collect import collect
+    from mimscale.study.report import write_report
+
+    results = collect(study, jobs)
+    page = write_report(results, options.out or Path(study.output) / "report", study.name)
+    done = sum(result.status == "done" for result in results)
+    print(f"{page}: {done} of {len(results)} results are there")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "plan": (_plan, "jobs, dependencies, GPU-hours, cost, and a picture of the graph"),
+    "submit": (_submit, "queue what is missing or failed on Slurm"),
+    "run": (_run, "train what is missing or failed on this machine"),
+    "status": (_status, "where every job is"),
+    "report": (_report, "figures and tables of the results so far, as one HTML page"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command of the study; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="study.py",
+        description="A grid of pre-trainings and fine-tunings: planned, run, judged and reported.",
+        epilog="\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="|".join(COMMANDS))
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="launchers/studies/*.yaml, or your own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the study, such as output=runs/mine")
+    parser.add_argument("--watch", action="store_true", help="status: look again every few seconds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="report: where to (default OUTPUT/report)")
+    options = parser.parse_intermixed_args(argv)
+    try:
+        study = load_study(options.study, options.overrides)
+        return COMMANDS[options.command][0](study, build_graph(study), options)
+    except (StudyError, ResultsError, SlurmError) as error:
+        print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 1

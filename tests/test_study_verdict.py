@@ -1,0 +1,90 @@
+"""Runs that will end as overfitting are told before they have ended, from their curve or from cheaper runs."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from mimscale.study.cells import cells
+from mimscale.study.overfitting import overfitting
+from mimscale.study.published import published
+from mimscale.study.verdict import foresee, judge_curve
+
+
+def said_of_the_published(length: int) -> tuple[set, set]:
+    """Cells of a length (foretold, overfitting in truth), each judged with the shorter and smaller runs alone."""
+    results = published()
+    truth = overfitting(cells(results))
+    foretold, overfit = set(), set()
+    for cell in truth:
+        this = cell.first
+        if this.iterations != length:
+            continue
+        later = [
+            r
+            for r in results
+            if (r.iterations, r.parameters) >= (this.iterations, this.parameters) or r.iterations > this.iterations
+        ]
+        known = [replace(r, val_loss=None) if r in later else r for r in results]
+        foretold |= {cell for c in foresee(cells(known)) if c == cell}
+        overfit |= {cell} if truth[cell] else set()
+    return foretold, overfit
+
+
+def test_six_of_nine_published_runs_that_overfit_at_500k_are_foretold_and_no_other():
+    foretold, overfit = said_of_the_published(500_000)
+    assert foretold < overfit
+    assert (len(foretold), len(overfit)) == (6, 9)
+
+
+def test_at_250k_no_published_run_is_foretold_in_error():
+    foretold, overfit = said_of_the_published(250_000)
+    assert foretold and foretold < overfit
+
+
+def falling(steps: int, noise: float = 0.0, seed: int = 0) -> list[tuple[int, float, float]]:
+    """A healthy curve: both losses fall, validation with noise."""
+    draw = random.Random(seed)
+    return [
+        (s, 0.4 + 0.6 * math.exp(-s / 300), 0.5 + 0.5 * math.exp(-s / 300) + draw.gauss(0, noise))
+        for s in range(50, steps, 50)
+    ]
+
+
+def overfitted(steps: int, noise: float = 0.0, seed: int = 0) -> list[tuple[int, float, float]]:
+    """Validation loss turns at about step 600 while training loss falls on."""
+    return [(s, t, v + 0.00015 * max(0, s - 500)) for s, t, v in falling(steps, noise, seed)]
+
+
+@pytest.mark.parametrize(("noise", "alarms"), [(0.0, 0), (0.002, 0), (0.01, 1)])
+def test_a_healthy_curve_is_hardly_ever_doomed_however_often_one_looks(noise, alarms):
+    said = 0
+    for seed in range(50):
+        curve = falling(2000, noise, seed)
+        said += any(judge_curve(curve[:end]) for end in range(1, len(curve)))
+    assert said <= alarms
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.002])
+def test_a_curve_that_turns_is_doomed_long_before_its_end(noise):
+    for seed in range(20):
+        curve = overfitted(4000, noise, seed)
+        first = next(s for end, (s, _, _) in enumerate(curve, 1) if judge_curve(curve[:end]))
+        assert 600 < first < 2000
+        assert "rose from" in judge_curve(curve).reason
+
+
+def test_where_both_losses_rise_it_is_no_overfitting():
+    diverging = [(s, t + 0.0005 * max(0, s - 500), v) for s, t, v in overfitted(2000)]
+    assert judge_curve(diverging) is None
+
+
+def test_what_comes_after_the_rate_steps_down_does_not_acquit():
+    curve = overfitted(2000)
+    last = curve[-1]
+    curve += [(last[0] + 50 * n, last[1] - 0.05, last[2] - 0.2) for n in range(1, 5)]
+    assert judge_curve(curve) is None
+    assert judge_curve(curve, until=last[0]) is not None
