@@ -7,11 +7,12 @@ A dense task is a subclass of :class:`DenseTask` with
 - ``heads(recipe, classes)``: everything beside the encoder, as one module that owns a :class:`PyramidNorms`;
 - ``join(recipe, encoder, heads)``: the module to train; it keeps them as ``encoder`` and ``heads``, takes what the training
   split collates to (images as uint8, ``draw_keys`` last), and gives the mean over the images of each one's own loss, so
-  that the loss is the same however a batch is cut into micro-batches and ranks;
+  that the loss is the same however a batch is cut into micro-batches and ranks (batch norms share their statistics over
+  ranks: ``mimscale.transfer.batch_norm``);
 - ``validate`` and ``say``.
 
-Checkpoints hold parameters, not buffers: heads keep no running statistics. Whatever a head does must not depend on the data
-in which modules it calls, how often and in what order: under ZeRO-3 all ranks gather parameters together.
+Whatever a head does must not depend on the data in which modules it calls, how often and in what order: under ZeRO-3 all
+ranks gather parameters together. Buffers of ``state_dict`` are saved with the parameters, and have to be alike on all ranks.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from mimscale.transfer.dense import DenseData, DenseRecipe, DenseTask, stage_wid
 from mimscale.transfer.detection_images import STRIDE, DetectionImages, at_test_size
 from mimscale.transfer.detection_pictures import LEAST, DetectionSheet, drawn, drawn_detections
 from mimscale.transfer.mask_rcnn import DetectionHeads, MaskRCNN, Sizes
+from mimscale.transfer.scaling import fill
 
 
 class DetectionData(DenseData):
@@ -197,12 +198,6 @@ class Detection(DenseTask):
             "objects": int(objects.sum()),
             "left_out_of_annotations": instances.left_out,
         }
-
-
-def fill(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The 8-bit colour that becomes nothing when the mean is taken out."""
-    red, green, blue = (round(255 * value) for value in mean)
-    return red, green, blue
 
 
 def forward_flops(task: Detection) -> int:

@@ -16,6 +16,7 @@ from mimscale.data.augment import resize
 from mimscale.data.decode import decode_rgb
 from mimscale.transfer.coco import Instances
 from mimscale.transfer.dense_stream import DenseImages
+from mimscale.transfer.scaling import filled, scale_to, scaled_size
 
 # The side of a cell of the coarsest stage: padding to it leaves every map whole.
 STRIDE = 32
@@ -84,7 +85,7 @@ class DetectionImages(DenseImages):
         height, width = pixels.shape[:2]
         least, most = self.jitter
         factor = self.size * (least + (most - least) * drawn[0]) / max(height, width)
-        to = (max(1, round(height * factor)), max(1, round(width * factor)))
+        to = scaled_size((height, width), factor)
         top, left = (int(u * (max(0, side - self.size) + 1)) for u, side in zip(drawn[1:3], to, strict=True))
         flips = bool(drawn[3] < self.flip)
         image = resize(pixels, to, "bilinear")
@@ -155,18 +156,10 @@ def at_test_size(pixels: np.ndarray, test_size: tuple[int, int], fill: tuple[int
     Returns:
         The image, uint8 (3, H, W), H and W multiples of 32; int64 (2,), its height and width without the padding.
     """
-    height, width = pixels.shape[:2]
-    factor = min(test_size[0] / min(height, width), test_size[1] / max(height, width))
-    to = (max(1, round(height * factor)), max(1, round(width * factor)))
+    size = (pixels.shape[0], pixels.shape[1])
+    to = scaled_size(size, scale_to(size, test_size))
     padded = [-(-side // STRIDE) * STRIDE for side in to]
     return filled(resize(pixels, to, "bilinear"), padded[0], padded[1], fill), torch.tensor(to)
-
-
-def filled(image: Tensor, height: int, width: int, fill: tuple[int, int, int]) -> Tensor:
-    """An image (3, h, w) uint8 in the upper left of a larger one (3, height, width)."""
-    canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-    canvas[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
 
 
 def tight_boxes(masks: np.ndarray) -> np.ndarray:
