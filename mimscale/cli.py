@@ -8,6 +8,7 @@ from importlib import import_module
 # words -> (module with main(argv) -> exit status, how many of the words it wants to see itself, what it does)
 COMMANDS = {
     "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
+    "submit": ("mimscale.training.submit", 0, "a recipe as a Slurm job: writes the file, shows it, and queues it"),
     "status": ("mimscale.training.status", 0, "progress, rate, ETA and health of runs, from another terminal"),
     "export": (
         "mimscale.training.export",
@@ -15,6 +16,11 @@ COMMANDS = {
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
     "plan-memory": ("mimscale.training.plan", 0, "what fits on which GPUs, how long it takes and what it costs"),
+    "plan-communication": (
+        "mimscale.training.plan_communication",
+        0,
+        "bytes between GPUs in a step, and the efficiency to expect, on 8 to 512 of them",
+    ),
     "verify-checkpoint": (
         "mimscale.study.verify_checkpoint",
         0,
@@ -32,6 +38,16 @@ COMMANDS = {
         "mimscale.training.bench",
         1,
         "a training step against timm's SwinV2 and the machine's matrix products",
+    ),
+    "bench communication": (
+        "mimscale.training.traffic",
+        0,
+        "bytes that ranks exchange in real steps, against the model of docs/scaling.md",
+    ),
+    "bench save": (
+        "mimscale.training.bench_save",
+        0,
+        "how long a step waits for a checkpoint, beside training and in line",
     ),
     "bench memory": ("mimscale.training.bench", 1, "activation memory, bytes an image"),
 }
@@ -52,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _listing() -> str:
-    return "\n".join(f"  {name:<17} {text}" for name, (_, _, text) in COMMANDS.items())
+    return "\n".join(f"  {name:<19} {text}" for name, (_, _, text) in COMMANDS.items())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Runs from a clone that is not installed, too.
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -25,7 +26,9 @@ from mimscale.data import crew, store, strata, writer
 from mimscale.data.errors import ShardError
 from mimscale.data.foreign import index_tars
 from mimscale.data.index import ShardIndex, draw_view_classes
+from mimscale.data.parts import Part, build_part
 from mimscale.data.shard_format import INDEX_NAME, REJECTED_NAME, View
+from mimscale.data.shard_writer import Options
 from mimscale.data.verify import verify
 
 _SHOWN_PROBLEMS = 200
@@ -125,16 +128,23 @@ def _build(options: argparse.Namespace) -> int:
         if val is None and "val" in source.index.fractions:
             val = ShardFolder(options.source, "val")
     views = dict(parse_view(text, options.seed, len(source.classes)) for text in options.subset)
-    index = writer.build(
-        source,
-        options.out,
-        val=val,
-        options=writer.Options(options.samples_per_shard, options.seed, options.resize_shorter, options.store),
-        percents=percents,
-        views=views,
-        workers=options.workers,
-        report=Progress(),
-    )
+    how: dict[str, Any] = {
+        "val": val,
+        "options": Options(options.samples_per_shard, options.seed, options.resize_shorter, options.store),
+        "percents": percents,
+        "views": views,
+        "workers": options.workers,
+        "report": Progress(),
+    }
+    if options.part is None:
+        index = writer.build(source, options.out, **how)
+    else:
+        part = Part.parse(options.part)
+        found, left = build_part(part, source, options.out, **how)
+        if found is None:
+            print(f"part {part.number}/{part.count} is written; other parts have {left} shards to write, and the index")
+            return 0
+        index = found
     _list(options)
     if index.rewritten:
         print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
@@ -223,6 +233,11 @@ def parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--workers", type=_at_least_one, default=cores, help=f"processes ({cores}); the result is the same with any"
+    )
+    build.add_argument(
+        "--part",
+        metavar="K/N@ID",
+        help="write the K-th of N parts; parts with one ID run side by side, and the last to end writes the index",
     )
     build.add_argument("--seed", type=int, default=0, help="decides fractions and order (0)")
     build.add_argument(

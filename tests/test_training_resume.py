@@ -25,13 +25,6 @@ def base(shards) -> list[str]:
     return [*TINY, f"data.shards={shards}", "train.checkpoint_every=4", "train.keep_checkpoints=2"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, base) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_ranks(2, [{"output": run, "config": ZERO2, "overrides": base}])
-    return run
-
-
 def deepspeed_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", *arguments]
 
@@ -116,14 +109,25 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
     assert status(run).state == "finished"
 
 
-def test_a_run_goes_on_at_another_stage_and_world_size(tmp_path, base, undisturbed):
-    """One life: 2 ranks at stage 2, 1 rank at stage 3, 2 ranks at stage 0, 1 rank at stage 1."""
+def test_a_run_goes_on_at_another_stage_world_size_and_precision(tmp_path, base, undisturbed):
+    """One life: 1 rank at stage 2, 2 at stage 3, 4 at stage 0, 1 at stage 1; then two steps in bf16, and fp32 again."""
     run = tmp_path / "run"
-    for ranks, stage, until in ((2, 2, 4), (1, 3, 8), (2, 0, 12), (1, 1, 20)):
+    settings = [*base, "train.keep_checkpoints=9"]
+    for ranks, stage, until in ((1, 2, 4), (2, 3, 8), (4, 0, 12), (1, 1, 20)):
         config = {"zero_optimization": {"stage": stage}}
-        run_ranks(ranks, [{"output": run, "config": config, "overrides": [*base, "train.keep_checkpoints=9"]}])
+        run_ranks(ranks, [{"output": run, "config": config, "overrides": settings}])
         cut(run, until)
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+    cut(run, 16)
+    in_bf16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    changed = [*settings, "train.checkpoint_every=2"]
+    run_ranks(2, [{"output": run, "config": in_bf16, "overrides": changed}])
+    cut(run, 18)
+    run_ranks(2, [{"output": run, "config": ZERO2, "overrides": changed}])
+    assert losses(run)[:16] == pytest.approx(losses(undisturbed)[:16], rel=1e-5)
+    assert losses(run)[16:] == pytest.approx(losses(undisturbed)[16:], rel=0.02)
+    assert losses(run)[18:] != pytest.approx(losses(undisturbed)[18:], rel=1e-5)  # the steps in bf16 were of this life
 
 
 def test_a_resumed_run_repeats_every_digit_at_every_stage(tmp_path, base):

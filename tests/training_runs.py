@@ -89,6 +89,15 @@ def run_ranks(ranks: int, cells: list[dict[str, Any]], timeout: float = 500) -> 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A run of TINY on two ranks at ZeRO stage 2 that nothing has happened to; not to be changed."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    overrides = [*TINY, f"data.shards={shards}"]
+    run_ranks(2, [{"output": run, "config": {"zero_optimization": {"stage": 2}}, "overrides": overrides}])
+    return run
+
+
 @pytest.fixture(scope="module")
 def alone():
     """A process group of one, in this process, so that many short runs pay for one start."""

@@ -30,7 +30,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.recipe import RunRecipe
-from mimscale.training.rendezvous import rendezvous
+from mimscale.training.rendezvous import interface, rendezvous
 
 # DeepSpeed calls collectives by their former names; torch would say so several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
@@ -83,6 +83,9 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
         # Ranks on one CPU would otherwise each start a thread for every core.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
+    if not on_gpu and (found := interface(os.environ["MASTER_ADDR"])) is not None:
+        # Gloo would take the one that the host's own name points to: on many hosts that is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MIMSCALE_DEEPSPEED_LOG", "ERROR").upper())
     deepspeed.init_distributed(  # nothing to do where there is a process group already
         dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mimscale.training.preemption import REQUEUE_EXIT, Preempted, listen
+
 if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe
 
@@ -46,6 +48,9 @@ def arguments(program: str, purpose: str, argv: list[str] | None = None) -> argp
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed configuration (JSON)")
     parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe (YAML)")
     parser.add_argument("--output", required=True, metavar="RUN", help="run folder; one that exists is resumed")
+    parser.add_argument(
+        "--check", action="store_true", help="look at the recipe and the configuration, and train nothing"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as train.iterations=1000")
@@ -65,6 +70,7 @@ def launch(
         trainer: gives ``train(recipe, ds_config, output)``; called once the arguments are known to be good, since what it
             imports takes seconds.
     """
+    listen()
     from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
     from mimscale.training.recipe import RecipeError, load_recipe
 
@@ -74,11 +80,12 @@ def launch(
         zero_stage(ds_config)
     except (RecipeError, DeepSpeedConfigError) as error:
         fail(error, everywhere=True)
+    if args.check:
+        sys.exit(0)
 
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
     from mimscale.training.engine import OneRankError, TrainingError
-    from mimscale.training.preemption import REQUEUE_EXIT, Preempted
     from mimscale.training.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:

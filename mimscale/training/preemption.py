@@ -16,8 +16,24 @@ class Preempted(Exception):
     """The run was asked to stop, has saved, and goes on when it is started again."""
 
 
+_asked: list[str] = []
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _asked.append(signal.Signals(number).name)
+
+
+def listen() -> None:
+    """From now on a signal of SIGNALS does not end this process, but is heard by :class:`StopRequests`.
+
+    For the start of a program: one that comes while it still starts would otherwise end it unsaid.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
 class StopRequests:
-    """Notes what asks this process to stop, while the ``with`` block lasts.
+    """What asks this process to stop, while the ``with`` block lasts; also what was heard before (:func:`listen`).
 
     Args:
         margin_seconds: how long before the end of its Slurm job a run stops by itself.
@@ -31,20 +47,21 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         try:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, _note) for number in SIGNALS}
         except ValueError:
             self._before = {}  # not the main thread: whoever runs us there handles signals
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Preempted):
+            _asked.clear()  # it has been heard
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-
     def wanted(self) -> str | None:
         """Why this rank should stop now, or ``None``."""
+        if _asked:
+            self.reason = _asked[0]
         if self.reason is None and self.stop_at is not None and time.time() >= self.stop_at:
             self.reason = "the job's time limit"
         return self.reason

@@ -7,6 +7,8 @@ import socket
 import subprocess
 from collections.abc import Mapping
 
+import psutil
+
 # Below Linux's ephemeral ports, so that no outgoing connection holds it.
 FIRST_PORT, PORTS = 12000, 20000
 
@@ -62,6 +64,28 @@ def _address(nodes: str) -> str:
 
 def _scontrol(*what: str) -> str:
     return subprocess.run(["scontrol", "show", *what], check=True, capture_output=True, text=True).stdout
+
+
+def own_address(towards: str) -> str:
+    """The address by which this host reaches ``towards``, and is reached from there. Nothing is sent.
+
+    Raises:
+        OSError: ``towards`` has no address, or no way leads there.
+    """
+    family, kind, _, _, where = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)
+        return probe.getsockname()[0]
+
+
+def interface(towards: str) -> str | None:
+    """The network interface that leads to ``towards``; ``None`` where that cannot be told."""
+    try:
+        address = own_address(towards)
+    except OSError:
+        return None
+    known = psutil.net_if_addrs().items()
+    return next((name for name, entries in known if any(e.address.partition("%")[0] == address for e in entries)), None)
 
 
 def _free_port() -> str:

@@ -73,6 +73,10 @@ class Saver:
         )
         self._thread.start()
 
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait until nothing is being saved.
 

@@ -2,7 +2,8 @@
 
 A stuck collective says nothing of the rank that it waits for. The heartbeats do: each holds the rank's step, what it is
 doing and on which samples. Ranks write them from a thread, so that a rank whose main thread is stuck still shows that it is
-alive, and one that is stopped or gone shows that it is not.
+alive, and one that is stopped or gone shows that it is not. Where all are well and wait for each other, each asks the other
+hosts for an answer over the network.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from mimscale.training.engine import Ranks
+from mimscale.training.rendezvous import own_address
 from mimscale.training.run_folder import write_beside
 
 BEAT_SECONDS = 5.0
 MISSED_BEATS = 3  # make a rank one without a sign of life
 # Until the first step is done, compiling and tracing may take this long.
 START_MINUTES = 30.0
+# A host that answers at all does so in far less.
+ANSWER_SECONDS = 3.0
 # In the messages of gloo and NCCL.
 BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out")
 
@@ -34,7 +41,7 @@ class Heartbeat:
     """Where one rank is.
 
     ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970; it writes ``every`` so many seconds.
-    ``keys`` are the first samples of its batch.
+    ``keys`` are the first samples of its batch. At ``address`` (IP, port) the rank's host answers as long as the rank is there.
     """
 
     rank: int
@@ -46,6 +53,7 @@ class Heartbeat:
     beat: float
     every: float
     keys: list[str]
+    address: tuple[str, int]
 
     @property
     def place(self) -> str:
@@ -57,8 +65,9 @@ class Heartbeat:
         """Whether the rank shows no life: its process is not there, or has missed its beats."""
         if self.host == socket.gethostname():
             try:
-                os.kill(self.pid, 0)
-            except OSError:
+                if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+                    return True  # dead, and nobody has taken note
+            except psutil.NoSuchProcess:
                 return True
         return now - self.beat > MISSED_BEATS * self.every
 
@@ -99,6 +108,21 @@ def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
     return [(beat, "does not get on") for beat in (elsewhere or behind)]
 
 
+def unreachable(beats: list[Heartbeat], host: str) -> list[tuple[Heartbeat, str]]:
+    """The hosts that do not answer ``host`` over the network, each by its first rank."""
+    others = list({beat.host: beat for beat in reversed(beats) if beat.host != host}.values())[::-1]
+
+    def problem(beat: Heartbeat) -> str | None:
+        try:
+            socket.create_connection((beat.address[0], beat.address[1]), timeout=ANSWER_SECONDS).close()
+            return None
+        except OSError as error:
+            return f"does not answer {host} at {beat.address[0]} ({error.strerror or 'timed out'})"
+
+    with ThreadPoolExecutor(64) as pool:
+        return [(beat, what) for beat, what in zip(others, pool.map(problem, others), strict=True) if what]
+
+
 class Watchdog:
     """One rank's heartbeat and its eye on the others, while the ``with`` block lasts.
 
@@ -116,7 +140,10 @@ class Watchdog:
         self.folder, self.hang = folder, hang_minutes * 60
         self.end = end or self._end
         now, every = time.time(), min(BEAT_SECONDS, self.hang / 6)
-        self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [])
+        # Never accepted from: the kernel answers, however stuck this process is.
+        self.door = socket.create_server((_address(), 0), backlog=1024)
+        where = self.door.getsockname()[:2]
+        self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [], where)
         self.first_step: int | None = None
         self.started_at = step
         self._stop = threading.Event()
@@ -130,6 +157,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self.door.close()
         self._write()
 
     def note(self, phase: str, step: int, keys: list[str] | None = None) -> None:
@@ -160,7 +188,10 @@ class Watchdog:
 
     def verdict(self, still: float) -> str:
         """One message on a run that has not got on for ``still`` seconds."""
-        found = laggards(read_heartbeats(self.folder), time.time())
+        beats = read_heartbeats(self.folder)
+        found = laggards(beats, time.time())
+        if not any(beat.is_silent(time.time()) for beat in beats):
+            found = unreachable(beats, self.beat.host) or found
         named = "; ".join(f"{beat.place} {what}" for beat, what in found[:4])
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         return (
@@ -179,6 +210,13 @@ class Watchdog:
         else:
             time.sleep(3)
         os._exit(1)
+
+
+def _address() -> str:
+    try:
+        return own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    except OSError:
+        return "127.0.0.1"
 
 
 def lost_rank(folder: Path, error: RuntimeError) -> str | None:

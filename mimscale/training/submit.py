@@ -1,0 +1,97 @@
+"""``mimscale submit``: a recipe as a Slurm job. Writes the submission file into the run folder, shows it, and queues it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from mimscale.training.recipe import RecipeError, read_yaml
+from mimscale.training.run_folder import write_beside
+from mimscale.training.slurm import LAUNCHERS, SlurmError, SlurmJob, submit, write_script
+
+SCRIPT = "submit.sbatch"
+
+
+def check_arguments(job: SlurmJob) -> None:
+    """Let the job's launcher look at its arguments now, and not when the job has waited for its turn.
+
+    Raises:
+        SlurmError: with what the launcher says.
+    """
+    command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", "--deepspeed_config", str(job.config)]
+    command += ["--recipe", str(job.recipe), "--output", str(job.output), *job.overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SlurmError(done.stderr.strip().replace("mimscale: error: ", ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mimscale submit", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="pre-training or fine-tuning recipe (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.shards=SHARDS")
+    parser.add_argument("--output", type=Path, metavar="RUN", help="run folder (runs/RECIPE's name)")
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=LAUNCHERS.parent / "ds_configs/zero2.json",
+        metavar="FILE",
+        help="(zero2)",
+    )
+    parser.add_argument("--nodes", type=_at_least_one, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="one rank each (8); 0 trains on CPUs")
+    parser.add_argument("--tasks-per-node", type=_at_least_one, help="ranks on each node where there are no GPUs (1)")
+    parser.add_argument("--cpus-per-task", type=_at_least_one, help="cores of each rank; by default the site's")
+    parser.add_argument("--time", default="24:00:00", help="limit of one start; the job is requeued until it is done")
+    parser.add_argument("--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before (180)")
+    parser.add_argument("--after", nargs="+", default=[], metavar="JOB", help="start when these jobs have ended well")
+    parser.add_argument("--name", help="of the job (RECIPE's name)")
+    parser.add_argument(
+        "--sbatch", default="", metavar="OPTIONS", help="more of sbatch's, in quotes: '--account=a --partition=p'"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write and show the file, and leave it at that")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    asked = _parser().parse_intermixed_args(argv)
+    try:
+        job = SlurmJob(
+            recipe=asked.recipe,
+            config=asked.deepspeed_config,
+            output=asked.output or Path("runs") / asked.recipe.stem,
+            overrides=tuple(asked.overrides),
+            launcher="finetune" if "task" in read_yaml(asked.recipe) else "pretrain",
+            name=asked.name or asked.recipe.stem,
+            nodes=asked.nodes,
+            gpus_per_node=asked.gpus_per_node,
+            tasks_per_node=asked.tasks_per_node,
+            cpus_per_task=asked.cpus_per_task,
+            time=asked.time,
+            signal_seconds=asked.signal,
+            options=tuple(shlex.split(asked.sbatch)),
+        )
+        text = write_script(job)
+        check_arguments(job)
+        script = job.output / SCRIPT
+        write_beside(script, text)
+        print(text)
+        if asked.dry_run:
+            print(f"written to {script}; sbatch {script} submits it")
+            return 0
+        number = submit(script, asked.after)
+    except (SlurmError, RecipeError, OSError) as error:
+        print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 1
+    print(f"job {number}; it prints to {job.log}; mimscale status {job.output} shows how it gets on")
+    return 0
