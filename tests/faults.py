@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nothing is compiled, and a pool of workers would not survive a fork
 
 import argparse
 import random
@@ -25,15 +26,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent),
-    str(Path(__file__).resolve().parents[1]),
-]  # runs from a clone, too
+# Runs from a clone, too.
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+# What every rank needs, imported once; most of it when DeepSpeed sets up its optimizers.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
+import matplotlib.pyplot  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 from fault_kinds import KINDS, PATIENCE, Outcome, Start, Violation, whole_steps  # noqa: E402
 from training_runs import ROOT, TINY, losses, records, write_config  # noqa: E402
 
-import mimscale.training.pretraining  # noqa: E402, F401 - what every rank needs, imported once
+import mimscale.training.pretraining  # noqa: E402, F401
 from mimscale.training.checkpoint import saved_steps, step_name  # noqa: E402
 
 INTERVAL = 4

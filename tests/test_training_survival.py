@@ -1,13 +1,14 @@
 """Bad batches are left out or gone back before, and saving beside training writes what saving in line writes."""
 
 import json
+import socket
 
 import pytest
 from training_runs import ROOT, TINY, losses, records
 
 from mimscale.data.draws import draw_key
 from mimscale.training import spikes
-from mimscale.training.checkpoint import Checkpoint, remove_after, saved_steps
+from mimscale.training.checkpoint import Checkpoint, CheckpointError, remove_after, saved_steps
 from mimscale.training.engine import TrainingError
 from mimscale.training.objective import Objective
 from mimscale.training.pretraining import pretrain
@@ -93,10 +94,9 @@ def test_a_spike_is_told_from_the_losses_before_it(monkeypatch):
     assert judge(1.9) is None  # what was refused is no part of what is usual
 
 
-def test_a_bad_batch_stops_the_run_and_names_its_samples(train):
-    with pytest.raises(
-        TrainingError, match=r"step 5: the loss became nan on rank 0; .*step_00000003.*Samples.*on_spike"
-    ):
+def test_a_bad_batch_stops_the_run_and_names_rank_host_step_and_samples(train):
+    said = rf"step 5: the loss became nan on rank 0 \({socket.gethostname()}\); .*step_00000003.*Samples.*on_spike"
+    with pytest.raises(TrainingError, match=said):
         train("run", ZERO2, bad=5)
 
 
@@ -109,6 +109,23 @@ def test_saving_beside_training_writes_what_saving_in_line_writes(train):
         assert all(checkpoint.damage(file) is None for checkpoint in saved for file in checkpoint.manifest["files"])
         kept[mode] = [json.dumps({**checkpoint.manifest, "recipe": None}) for checkpoint in saved]
     assert kept["async"] == kept["blocking"]
+
+
+def test_no_bit_of_what_a_checkpoint_says_of_itself_can_change_unseen(train):
+    run, _ = train("run", ZERO2, "train.iterations=3")
+    path = run / "checkpoints/step_00000003/checkpoint.json"
+    told, plain = Checkpoint.open(path.parent).manifest, path.read_bytes()
+    unseen = 0
+    for bit in range(0, 8 * len(plain), 97):
+        flipped = bytearray(plain)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert Checkpoint.open(path.parent).manifest == told  # a blank, then
+            unseen += 1
+        except CheckpointError as error:
+            assert "checkpoint" in str(error)
+    assert unseen < 8 * len(plain) / 97 / 3
 
 
 def test_a_checkpoint_still_being_written_is_none_yet(train, monkeypatch):

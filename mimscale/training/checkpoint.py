@@ -1,7 +1,7 @@
 """Checkpoints: the whole training state in plain fp32 safetensors, whole or absent, and independent of how it was trained.
 
-A checkpoint is a folder ``step_XXXXXXXX`` with a ``checkpoint.json`` (step, data position, resolved recipe, versions, and
-size and SHA-256 of every file) and the tensors, split over the ranks that wrote them. Each parameter and each of Adam's
+A checkpoint is a folder ``step_XXXXXXXX`` with a ``checkpoint.json`` (step, data position, resolved recipe, versions, size and
+SHA-256 of every file, and its own) and the tensors, split over the ranks that wrote them. Each parameter and each of Adam's
 moments is stored whole, so any number of ranks at any ZeRO stage and precision can go on from it. Nothing is pickled.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from mimscale.training.averaging import AVERAGE
 from mimscale.training.collectives import gather
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 # Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
 FILE_BYTES = 1 << 30
@@ -80,12 +80,14 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_text())
             version = manifest["format"]
             manifest["files"], manifest["step"], manifest["shapes"]
+            if version == FORMAT and manifest.pop("sha256") != _digest(manifest):
+                raise ValueError("its own SHA-256 does not hold")
         except FileNotFoundError:
             raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / MANIFEST} is damaged ({error})") from None
-        if version != FORMAT:
-            raise CheckpointError(f"{path} has format {version}; this mimscale reads format {FORMAT}")
+        if version not in (1, FORMAT):  # format 1 has no SHA-256 of the manifest
+            raise CheckpointError(f"{path} has format {version}; this mimscale reads formats 1 and {FORMAT}")
         return cls(path, manifest)
 
     @property
@@ -145,6 +147,10 @@ class Checkpoint:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -261,7 +267,8 @@ def manifest(
 ) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     whole = {name: list(shape) for name, shape in shapes.items()}
-    return {"format": FORMAT, "step": step, **about, "shapes": whole, "files": files}
+    content = {"format": FORMAT, "step": step, **about, "shapes": whole, "files": files}
+    return {**content, "sha256": _digest(json.loads(json.dumps(content)))}
 
 
 def cannot_save(run: Path, step: int, failures: list[str]) -> CheckpointError:

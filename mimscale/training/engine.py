@@ -39,7 +39,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the cause and what to do."""
+    """Training cannot go on; the message names the step, the cause and what to do.
+
+    Attributes:
+        ranks: where the cause lies, as far as that is known.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class SpoiltError(TrainingError):
@@ -272,7 +280,7 @@ class Engine:
             problem = judge(mean)
         if problem is not None:
             if not refuse:
-                raise TrainingError(problem)
+                raise TrainingError(problem, tuple(bad))
             with self._no_update():
                 self.engine.step()
             return StepResult(mean, math.nan, asked, problem)

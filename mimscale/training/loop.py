@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -311,12 +312,14 @@ class _Run:
 
     def _diverged(self, error: TrainingError, keys: list[str]) -> TrainingError:
         samples = self._samples(keys)
+        hosts = gather(socket.gethostname())
+        where = f" ({', '.join(dict.fromkeys(hosts[rank] for rank in error.ranks[:8]))})" if error.ranks else ""
         with contextlib.suppress(checkpoints.CheckpointError):
             self.saver.finish()
         steps = checkpoints.saved_steps(self.folder.path)
         back = f"the last checkpoint is {checkpoints.step_name(steps[-1])}" if steps else "there is no checkpoint yet"
         return TrainingError(
-            f"step {self.step + 1}: {error}; nothing of this step was saved, and {back}. Samples of the batch: {samples} "
+            f"step {self.step + 1}: {error}{where}; nothing of this step was saved, and {back}. Samples of the batch: {samples} "
             f"A lower optimizer.lr, a longer schedule.warmup or a smaller optimizer.clip usually help; train.on_spike=skip "
             f"or rollback leaves such batches out"
         )
