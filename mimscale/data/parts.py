@@ -140,6 +140,7 @@ def _settle(
         listing = Listing(work / "listing")
         rejected = [(where, why) for where, why in known["rejected"]]
         return held, lay_out(listing, known["train_rows"], rejected, train.classes, percents, options)
+    writer.remove_strays(out)
     listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
     layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
     layout.refuse_other(out)
