@@ -43,15 +43,20 @@ def stored_bytes(index: ShardIndex, sample: int) -> memoryview:
     return data
 
 
-def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
+def decode_sample(index: ShardIndex, sample: int, memory: decode.PixelMemory | None = None) -> np.ndarray:
     """A sample's pixels, uint8 (height, width, 3).
+
+    Args:
+        index: the shard folder.
+        sample: its id.
+        memory: to decode into; then the pixels are good until it is used again.
 
     Raises:
         DamagedSample: the bytes are not the ones stored, or are no image.
         ShardError: the tar cannot be opened.
     """
     data = stored_bytes(index, sample)
-    return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data)
+    return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data, memory)
 
 
 class CropArguments(TypedDict, total=False):
@@ -143,6 +148,7 @@ class CropStream(ABC):
         self.decoder, self.device = decoder, device
         self._on_device: CropDecoder | None = None
         self.max_damaged = max_damaged
+        self._memory = decode.PixelMemory()
         self.order = SampleOrder(index, fraction, seed, shuffle=shuffle, window=window)
 
     @abstractmethod
@@ -202,7 +208,7 @@ class CropStream(ABC):
         return {row for row, image in zip(rows, decoded, strict=True) if image is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_on_device": None}
+        return {**self.__dict__, "_on_device": None, "_memory": decode.PixelMemory()}
 
     def positions(self, step: int) -> np.ndarray:
         """Positions in the run of the rank's share of a step, int64."""
@@ -219,7 +225,7 @@ class CropStream(ABC):
         place = -1
         for _ in range(min(len(everyone), self.max_damaged + 1)):
             try:
-                return sample, decode_sample(self.index, sample)
+                return sample, decode_sample(self.index, sample, self._memory)
             except DamagedSample as damage:
                 skipped.append((self.index.key(sample), damage.reason))
             if place < 0:

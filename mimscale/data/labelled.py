@@ -14,6 +14,7 @@ from PIL import Image
 
 from mimscale.data import augment, draws
 from mimscale.data.crops import CropArguments, CropStream, decode_sample, empty_images, too_many
+from mimscale.data.decode import PixelMemory
 from mimscale.data.errors import DamagedSample
 from mimscale.data.index import ShardIndex
 from mimscale.data.workers import batches
@@ -212,6 +213,7 @@ class EvaluationStream:
         self.resize_shorter = resize_shorter or round(image_size / 0.875)
         self.workers, self.interpolation, self.max_damaged, self.seed = workers, interpolation, max_damaged, seed
         self.samples = index.samples(fraction)
+        self._memory = PixelMemory()
 
     def __len__(self) -> int:
         """Batches of each rank."""
@@ -227,7 +229,7 @@ class EvaluationStream:
         skipped = []
         for row in np.flatnonzero(valid):
             try:
-                pixels = decode_sample(self.index, int(samples[row]))
+                pixels = decode_sample(self.index, int(samples[row]), self._memory)
             except DamagedSample as damage:
                 skipped.append((self.index.key(int(samples[row])), damage.reason))
                 valid[row] = False
