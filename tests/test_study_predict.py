@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import study_results
 
-from mimscale.study.answers import add_options, answer
+from mimscale.study.answers import answer
 from mimscale.study.cells import Cell, cells
 from mimscale.study.holdout import checks, regrets
 from mimscale.study.loss_model import Condition, LossModel
 from mimscale.study.predict import Predictor
 from mimscale.study.published import published
-from mimscale.study.results import Result, ResultsError
+from mimscale.study.results import ResultsError
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,6 @@ def released() -> list[Cell]:
 @pytest.fixture(scope="module")
 def predictor(released) -> Predictor:
     return Predictor(released)
-
-
-def ask(results: list[Result], *words: str) -> str:
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    return answer(results, parser.parse_args(words))
 
 
 def conditions(group: list[Cell]) -> list[Condition]:
@@ -120,7 +113,7 @@ def test_the_same_cells_give_the_same_answer(released, predictor):
 
 
 def test_a_cell_that_was_run_is_foretold_without_it(predictor):
-    text = ask(published(), "--model", "swinv2_g", "--dataset", "in1k_50", "--length", "500000")
+    text = answer(published(), "swinv2_g", "in1k_50", 500_000)
     assert "It was run and came to 0.4719; the prediction does not know of it." in text and "Fitted on 62 cells" in text
 
 
@@ -129,27 +122,27 @@ def test_what_was_not_run_is_predicted_from_what_the_study_knows_of_it():
         dataclasses.replace(r, status="missing", val_loss=None) if r.model == "swinv2_h" else r
         for r in study_results.grid()
     ]
-    text = ask(results, "--model", "swinv2_h", "--dataset", "photos_100", "--length", "2000")
+    text = answer(results, "swinv2_h", "photos_100", 2000)
     truth = study_results.clean_loss(study_results.SIZES["swinv2_h"], 2000)
     assert text.startswith("SwinV2-H on photos (100%), 2,000: validation loss ") and "Fitted on 36 cells" in text
     assert float(text.split("loss ")[1].split(" ")[0]) == pytest.approx(truth, rel=0.02)
-    assert "SwinV2-H" in ask(results, "--budget", "40", "--dataset", "photos_100")
+    assert "SwinV2-H" in answer(results, budget=40, dataset="photos_100")
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("question", "error"),
     [
         (
-            ["--model", "swinv2_x", "--dataset", "in1k_50", "--length", "250000"],
+            {"model": "swinv2_x", "dataset": "in1k_50", "iterations": 250_000},
             r"no model 'swinv2_x'; did you mean 'swinv2_\w'",
         ),
-        (["--budget", "4", "--dataset", "in1k_5"], r"no dataset 'in1k_5'; did you mean 'in1k_50'"),
-        (["--budget", "0.5", "--dataset", "in1k_50"], "a budget of 0.5 pays for no model's shortest length, 125K"),
-        (["--budget", "4"], "predict needs --model, --dataset and --length, or"),
-        (["--check", "--objective", "mae"], "too few cells"),
-        (["--budget", "4", "--dataset", "in1k_50", "--objective", "mae"], "a prediction needs 6 cells that are done"),
+        ({"budget": 4, "dataset": "in1k_5"}, "no dataset 'in1k_5'; did you mean 'in1k_50'"),
+        ({"budget": 0.5, "dataset": "in1k_50"}, r"a budget of 0\.5 pays for no model's shortest length, 125K"),
+        ({"budget": 4}, "predict needs --model, --dataset and --length, or"),
+        ({"check": True, "objective": "mae"}, "too few cells"),
+        ({"budget": 4, "dataset": "in1k_50", "objective": "mae"}, "a prediction needs 6 cells that are done"),
     ],
 )
-def test_questions_without_an_answer_are_named_errors(words, error):
+def test_questions_without_an_answer_are_named_errors(question, error):
     with pytest.raises(ResultsError, match=error):
-        ask(published(), *words)
+        answer(published(), **question)

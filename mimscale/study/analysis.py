@@ -96,6 +96,7 @@ class Analysis:
         mae: the grid of Figure 4.
         released: the 63 published runs as a grid; empty where the report is of them, or stands alone.
         beside_paper: whether what the paper prints is set beside the study's own values.
+        of_published: whether the results are the published runs themselves.
     """
 
     results: tuple[Result, ...]
@@ -104,6 +105,7 @@ class Analysis:
     mae: Grid
     released: Grid
     beside_paper: bool
+    of_published: bool
 
     @cached_property
     def scores(self) -> tuple[Score, ...]:
@@ -152,8 +154,8 @@ def analyse(results: Iterable[Result], beside_paper: bool = True) -> Analysis:
     """
     results = tuple(results)
     found = cells(results)
-    of_paper = published()
-    released = () if not beside_paper or results == tuple(of_paper) else tuple(cells(of_paper))
+    of_published = results == tuple(published())
+    released = tuple(cells(published())) if beside_paper and not of_published else ()
     return Analysis(
         results,
         tuple(found),
@@ -161,4 +163,5 @@ def analyse(results: Iterable[Result], beside_paper: bool = True) -> Analysis:
         Grid(tuple(plain(found, "mae"))),
         Grid(released),
         beside_paper,
+        of_published,
     )

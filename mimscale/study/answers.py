@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 
@@ -13,30 +12,36 @@ from mimscale.study.predict import Predictor
 from mimscale.study.results import Result, ResultsError
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``predict``."""
-    group = parser.add_argument_group("predict", "the loss of a cell, the best use of a budget, or how good both are")
-    group.add_argument("--model", help="of the study, such as swinv2_h")
-    group.add_argument("--dataset", help="of the study, such as in1k_50")
-    group.add_argument("--length", type=int, metavar="ITERATIONS", help="of the cell to predict")
-    group.add_argument("--budget", type=float, help="relative compute; the smallest model's shortest length is 1")
-    group.add_argument("--objective", default="simmim", choices=["simmim", "mae"], help="whose cells (default: simmim)")
-    group.add_argument("--check", action="store_true", help="foretell cells that were run, from the others")
+def answer(
+    results: Sequence[Result],
+    model: str | None = None,
+    dataset: str | None = None,
+    iterations: int | None = None,
+    budget: float | None = None,
+    objective: str = "simmim",
+    check: bool = False,
+) -> str:
+    """The answer to a question about a study's results.
 
-
-def answer(results: Sequence[Result], options: argparse.Namespace) -> str:
-    """The answer to what the options ask.
+    Args:
+        results: of every run.
+        model: whose loss, with ``dataset`` and ``iterations``.
+        dataset: to pre-train on.
+        iterations: of the pre-training.
+        budget: relative compute, with ``dataset``: which model and length?
+        objective: whose cells.
+        check: how well are cells that were run foretold from the others?
 
     Raises:
-        ResultsError: too few cells are done; an unknown model or dataset; options that ask nothing.
+        ResultsError: too few cells are done; an unknown model or dataset; nothing is asked.
     """
-    grid = plain(cells(results), options.objective)
-    if options.check:
+    grid = plain(cells(results), objective)
+    if check:
         return check_text(grid)
-    if options.budget is not None and options.dataset:
-        return budget_text(grid, options.budget, options.dataset)
-    if options.model and options.dataset and options.length:
-        return cell_text(grid, options.model, options.dataset, options.length)
+    if budget is not None and dataset:
+        return budget_text(grid, budget, dataset)
+    if model and dataset and iterations:
+        return cell_text(grid, model, dataset, iterations)
     raise ResultsError("predict needs --model, --dataset and --length, or --budget and --dataset, or --check")
 
 

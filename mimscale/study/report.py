@@ -75,15 +75,18 @@ def _lead(study: Analysis) -> str:
     known = [grid for grid in (study.simmim, study.mae) if grid.verdicts]
     facts.append(("overfit", f"{sum(len(g.overfit) for g in known)} of {sum(len(g.verdicts) for g in known)}"))
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    beside = (
-        "Beside its own numbers stand those of the paper “On Data Scaling in Masked Image Modeling” (arXiv 2206.04664)"
-        if study.beside_paper
-        else ""
+    text = (
+        "The paper's figures and tables, made anew from the 63 runs whose validation losses and ImageNet-1K accuracies its "
+        "authors released"
+        if study.of_published
+        else "The paper's figures and tables, from the runs of this study"
     )
-    beside += " and its 63 released runs." if study.released.cells else "." if beside else ""
+    if study.beside_paper:
+        text += ", beside what the paper “On Data Scaling in Masked Image Modeling” (arXiv 2206.04664) prints"
+        text += " and its 63 released runs" if study.released.cells else ""
     return (
-        f"<p>The paper's figures and tables, from the runs of this study. {beside} What was not run is shown as missing; every "
-        f'number\'s run is in <a href="#runs">the last table</a>.</p><dl class="facts">{shown}</dl>'
+        f"<p>{text}. What was not run is shown as missing; the run behind every number is in "
+        f'<a href="#runs">the last table</a>.</p><dl class="facts">{shown}</dl>'
     )
 
 
