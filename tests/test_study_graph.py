@@ -86,7 +86,7 @@ def test_every_job_starts_from_one_before_it_that_leaves_what_it_needs(paper):
         seen.add(job.id)
     tuned = Counter(job.task for job in paper.values() if job.task)
     assert tuned["in1k"] == sum(job.launcher == "pretrain" for job in paper.values())
-    assert set(tuned) == {"in1k", "inat18", "coco"}
+    assert set(tuned) == {"in1k", "inat18", "coco", "ade20k"}
 
 
 def test_a_plan_counts_jobs_hours_and_savings_and_draws_the_graph(study, capsys):
