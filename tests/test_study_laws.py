@@ -184,6 +184,12 @@ def test_seeds_set_what_counts_as_a_rise():
     assert bad(pair(0.027, 0.01)) == 0
     assert bad(pair(0.030, 0.01)) == 1
     assert pair(0.03, 0.01)[0].spread == pytest.approx(0.01 * 2**0.5)
+    # The spread of these seeds counts for cells of one seed too, which must differ by more: 2 sqrt(2) times 0.0141, or 0.04.
+    single = Result("x", "pretrain", "n", "d", 1000, val_loss=1.0)
+    for rise, verdict in ((0.038, 0), (0.042, 1)):
+        longer = dataclasses.replace(single, cell="y", iterations=2000, val_loss=1.0 + rise)
+        runs = [run for cell in pair(0, 0.01) for run in cell.runs]
+        assert bad(cells([*runs, single, longer])) == verdict
     short = Result("a", "pretrain", "m", "d", 1000, val_loss=1.0)
     assert bad(cells([short, dataclasses.replace(short, cell="b", iterations=2000, val_loss=1.0001)])) == 1
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import study_results
 
+from mimscale.study import launch
 from mimscale.study.answers import answer
 from mimscale.study.cells import Cell, cells
 from mimscale.study.holdout import checks, regrets
@@ -146,3 +147,13 @@ def test_what_was_not_run_is_predicted_from_what_the_study_knows_of_it():
 def test_questions_without_an_answer_are_named_errors(question, error):
     with pytest.raises(ResultsError, match=error):
         answer(published(), **question)
+
+
+def test_the_launcher_answers_of_published_runs(capsys):
+    assert launch.main(["predict", "published", "--budget", "100", "--dataset", "in1k_20"]) == 0
+    assert "on IN1K (20%): SwinV2-L for 125,000 iterations" in capsys.readouterr().out
+    assert launch.main(["predict", "published", "--budget", "100"]) == 1
+    assert launch.main(["plan", "published"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("mimscale: error: ") for line in errors] == [True, True]
+    assert "plan does not" in errors[1]

@@ -51,6 +51,13 @@ class Cell:
         return min((run.status for run in self.runs), key=STATUS_ORDER.index)
 
     @property
+    def seeds(self) -> int:
+        """How many runs ``val_loss`` is the mean of."""
+        return sum(
+            run.status == "done" and run.val_loss is not None and math.isfinite(run.val_loss) for run in self.runs
+        )
+
+    @property
     def samples(self) -> float | None:
         """Images processed: updates times global batch (Figure 6)."""
         return None if self.first.global_batch is None else self.first.iterations * self.first.global_batch

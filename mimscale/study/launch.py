@@ -1,4 +1,4 @@
-"""The command line of the study: ``python launchers/study.py plan|submit|run|status|report STUDY.yaml [key=value ...]``."""
+"""The command line of the study: ``python launchers/study.py COMMAND STUDY.yaml [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 from mimscale.study.graph import Job, build_graph
 from mimscale.study.grid import Study, StudyError, load_study
-from mimscale.study.results import ResultsError
+from mimscale.study.results import Result, ResultsError
 from mimscale.training.slurm import SlurmError
 
+PUBLISHED = Path("published")
+STUDY_HELP = "launchers/studies/*.yaml, or your own; report and predict also take the word: published"
 Command = Callable[[Study, dict[str, Job], argparse.Namespace], int]
 
 
@@ -57,12 +59,41 @@ def _report(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> 
     return 0
 
 
+def _predict(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
+    from mimscale.study.collect import collect
+
+    return _answer(collect(study, jobs), options)
+
+
+def _answer(results: list[Result], options: argparse.Namespace) -> int:
+    from mimscale.study.answers import answer
+
+    asked = (options.model, options.dataset, options.length, options.budget, options.objective, options.check)
+    print(answer(results, *asked))
+    return 0
+
+
+def _of_published(options: argparse.Namespace) -> int:
+    """``report`` and ``predict`` of the 63 runs that the paper's authors released."""
+    from mimscale.study.published import published
+    from mimscale.study.report import write_report
+
+    if options.command == "predict":
+        return _answer(published(), options)
+    if options.command == "report":
+        title = "Published runs of “On Data Scaling in Masked Image Modeling”"
+        print(write_report(published(), options.out or Path("published"), title))
+        return 0
+    raise StudyError(f"published runs are there already: report and predict take them, {options.command} does not")
+
+
 COMMANDS: dict[str, tuple[Command, str]] = {
     "plan": (_plan, "jobs, dependencies, GPU-hours, cost, and a picture of the graph"),
     "submit": (_submit, "queue what is missing or failed on Slurm"),
     "run": (_run, "train what is missing or failed on this machine"),
     "status": (_status, "where every job is"),
     "report": (_report, "figures and tables of the results so far, as one HTML page"),
+    "predict": (_predict, "the loss of a cell that was not run, or what a budget is best spent on"),
 }
 
 
@@ -76,12 +107,23 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=list(COMMANDS), metavar="|".join(COMMANDS))
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="launchers/studies/*.yaml, or your own")
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the study, such as output=runs/mine")
     parser.add_argument("--watch", action="store_true", help="status: look again every few seconds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="report: where to (default OUTPUT/report)")
+    question = parser.add_argument_group("predict")
+    question.add_argument("--model", help="of the study, such as swinv2_h")
+    question.add_argument("--dataset", help="of the study, such as in1k_50")
+    question.add_argument("--length", type=int, metavar="N", help="iterations of the cell to predict")
+    question.add_argument("--budget", type=float, help="relative compute; the smallest model's shortest length is 1")
+    question.add_argument(
+        "--objective", default="simmim", choices=["simmim", "mae"], help="whose cells (default: simmim)"
+    )
+    question.add_argument("--check", action="store_true", help="foretell cells that were run, from the others")
     options = parser.parse_intermixed_args(argv)
     try:
+        if options.study == PUBLISHED:
+            return _of_published(options)
         study = load_study(options.study, options.overrides)
         return COMMANDS[options.command][0](study, build_graph(study), options)
     except (StudyError, ResultsError, SlurmError) as error:

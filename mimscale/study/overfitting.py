@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,15 +38,15 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
         For each cell with a validation loss, the evidence, or ``None`` where there is none.
     """
     known = [cell for cell in found if cell.val_loss is not None]
-    if tolerance is None:
-        tolerance = noise(known)
+    of_seeds = noise(known)
     verdicts: dict[Cell, Overfit | None] = {}
     for cell in known:
         worst: Overfit | None = None
         for other in known:
             why = _cheaper(other, cell)
             rise = cell.val_loss - other.val_loss  # type: ignore[operator]
-            if why and rise > tolerance and (worst is None or rise > worst.rise):
+            allowed = of_seeds * math.sqrt((1 / cell.seeds + 1 / other.seeds) / 2) if tolerance is None else tolerance
+            if why and rise > allowed and (worst is None or rise > worst.rise):
                 worst = Overfit(other, rise, f"{why} reached {other.val_loss:.4f} on the same data")
         verdicts[cell] = worst
     return verdicts
@@ -67,13 +66,11 @@ def _cheaper(other: Cell, cell: Cell) -> str:
 
 
 def noise(known: list[Cell]) -> float:
-    """Twice the standard error of a difference of two cells' means, from the seeds' pooled spread; 0 with one seed."""
-    spreads = [(cell.spread**2, len(cell.runs)) for cell in known if cell.spread is not None]
+    """Twice the standard error of the difference of two runs, from the pooled spread of the seeds; 0 where all have one seed."""
+    spreads = [(cell.spread**2, cell.seeds - 1) for cell in known if cell.spread is not None]
     if not spreads:
         return 0.0
-    pooled = sum(v * (n - 1) for v, n in spreads) / sum(n - 1 for _, n in spreads)
-    seeds = statistics.fmean(n for _, n in spreads)
-    return 2 * math.sqrt(2 * pooled / seeds)
+    return 2 * math.sqrt(2 * sum(v * freedom for v, freedom in spreads) / sum(freedom for _, freedom in spreads))
 
 
 @dataclass(frozen=True)
