@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from training_runs import ENVIRONMENT, ROOT, TINY, losses, records, run_ranks, write_config
@@ -18,7 +20,8 @@ from training_runs import ENVIRONMENT, ROOT, TINY, losses, records, run_ranks, w
 from mimscale.cli import main
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint, saved_steps
-from mimscale.training.engine import TrainingError
+from mimscale.training.engine import Ranks, TrainingError
+from mimscale.training.memory import PLANNED_SHARE, kept_bytes, plan_rank
 from mimscale.training.objective import normalise
 from mimscale.transfer.classification import Classification
 from mimscale.transfer.labels import ClassCounts
@@ -207,6 +210,22 @@ def test_the_long_tail_has_three_groups():
     figures = found.figures(counts.shots())
     assert (figures["val_top1_many"], figures["val_top1_medium"], figures["val_top1_few"]) == (50, 100, 0)
     assert found.worst_classes(2) == [3, 0]
+
+
+def test_a_micro_batch_of_auto_is_what_fits_the_free_memory(shards, monkeypatch):
+    found = task(shards)
+    with torch.device("meta"):
+        sizes = [p.numel() for p in found.build().parameters()]
+    one = kept_bytes(found.build, lambda: found.example(2), recompute=False, bf16=False)
+    state = plan_rank(sizes, 0, {"bf16": {"enabled": False}}, 1).total
+    for images in (3, 7):
+        free = (state + (images + 0.5) * one) / PLANNED_SHARE
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        bound = found.largest_micro_batch({"bf16": {"enabled": False}}, Ranks(0, 1, 0, 1, torch.device("cpu")))
+        assert images <= bound <= images + state // one + 1
+    less = [*SMALL, f"data.shards={shards}", "train.activation_checkpointing=true"]
+    checkpointed = Classification(load_finetune_recipe(RECIPE, less))
+    assert kept_bytes(checkpointed.build, lambda: found.example(2), recompute=True, bf16=False) < one / 3
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------------

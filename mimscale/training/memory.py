@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.training.ds_config import (
     REDUCE_BUCKET,
@@ -32,6 +33,27 @@ def parameter_sizes(recipe: Recipe) -> list[int]:
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
     """Bytes that the forward pass keeps for the backward pass, per image, counted on the meta device."""
+
+    def example() -> tuple[Tensor, ...]:
+        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
+        mask = torch.zeros(batch, recipe.mask_grid, recipe.mask_grid, dtype=torch.bool)
+        return images, mask, torch.zeros(batch, dtype=torch.int64)
+
+    recompute = bool(recipe.train.activation_checkpointing)
+    return kept_bytes(lambda: build_objective(recipe), example, recompute, bf16)
+
+
+def kept_bytes(
+    build: Callable[[], nn.Module], example: Callable[[], tuple[Tensor, ...]], recompute: bool, bf16: bool
+) -> int:
+    """Bytes that a module's forward pass keeps for the backward pass, per image, counted on the meta device.
+
+    Args:
+        build: makes the module; its ``encoder`` is what may be recomputed.
+        example: makes a batch of two images or more.
+        recompute: whether the encoder's blocks are computed again.
+        bf16: whether the module is in bf16.
+    """
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -39,19 +61,17 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
         return tensor
 
     with torch.device("meta"):
-        objective = build_objective(recipe).train()
+        module = build().train()
         if bf16:
-            objective = objective.bfloat16()
-        if recipe.train.activation_checkpointing:
-            objective.model.encoder.set_grad_checkpointing(True)
-        own = {p.untyped_storage()._cdata for p in [*objective.parameters(), *objective.buffers()]}
-        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
-        mask = torch.zeros(batch, recipe.mask_grid, recipe.mask_grid, dtype=torch.bool)
-        keys = torch.zeros(batch, dtype=torch.int64)
+            module = module.bfloat16()
+        if recompute:
+            module.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
+        own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
+        batch = example()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            objective(images, mask, keys)
+            module(*batch)
     total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return total // batch
+    return total // len(batch[0])
 
 
 @dataclass(frozen=True)
@@ -125,17 +145,24 @@ def rank_memory(recipe: Recipe, config: dict[str, Any], world_size: int, micro: 
     return plan_rank(parameter_sizes(recipe), micro * activation_bytes(recipe, bf16), config, world_size)
 
 
-def largest_micro_batch(recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> int:
-    """The micro-batch that ``"auto"`` may use at most: what fits the free memory of this rank's device."""
+def largest_micro_batch(
+    sizes: list[int], activations: Callable[[bool], int], config: dict[str, Any], ranks: Ranks
+) -> int:
+    """The micro-batch that ``"auto"`` may use at most: what fits the free memory of this rank's device.
+
+    Args:
+        sizes: elements of every parameter.
+        activations: says, for bf16 or not, how many bytes one image keeps.
+        config: the DeepSpeed configuration.
+        ranks: where this rank stands.
+    """
     bf16 = wants_bf16(config, ranks.device.type == "cuda")
     if ranks.device.type == "cuda":
         free = torch.cuda.mem_get_info(ranks.device)[0]
     else:
         free = psutil.virtual_memory().available // ranks.local_world_size
     settled = {**config, "bf16": {"enabled": bf16}}
-    return micro_batch_that_fits(
-        parameter_sizes(recipe), activation_bytes(recipe, bf16), settled, ranks.world_size, free * PLANNED_SHARE
-    )
+    return micro_batch_that_fits(sizes, activations(bf16), settled, ranks.world_size, free * PLANNED_SHARE)
 
 
 def micro_batch_that_fits(

@@ -14,7 +14,7 @@ from mimscale.data import MIMStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Engine, OneRankError, Ranks
 from mimscale.training.loop import run
-from mimscale.training.memory import largest_micro_batch
+from mimscale.training.memory import activation_bytes, largest_micro_batch, parameter_sizes
 from mimscale.training.metrics import flops_per_image
 from mimscale.training.objective import build_objective
 from mimscale.training.param_groups import decay_groups
@@ -91,7 +91,8 @@ class Pretraining(Task):
 
     @override
     def largest_micro_batch(self, config: dict[str, Any], ranks: Ranks) -> int:
-        return largest_micro_batch(self.recipe, config, ranks)
+        sizes = parameter_sizes(self.recipe)
+        return largest_micro_batch(sizes, lambda bf16: activation_bytes(self.recipe, bf16), config, ranks)
 
     @override
     def describe(self) -> str:

@@ -70,7 +70,10 @@ class SyncedBatchNorm2d(nn.Module):
         wide = x.float()
         mean, variance = self.running_mean, self.running_var
         if self.training:
-            ranks = dist.get_world_size() if dist.is_initialized() else 1
+            alone = (
+                not dist.is_initialized() or x.is_meta
+            )  # on the meta device memory is counted, by each rank for itself
+            ranks = 1 if alone else dist.get_world_size()
             count = ranks * x.numel() // x.shape[1]
             if count < 2:
                 raise RecipeError(

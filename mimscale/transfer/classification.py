@@ -195,6 +195,11 @@ class Classification(TransferTask):
         )
 
     @override
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        size, classes = self.recipe.data.image_size, len(self.index.classes)
+        return torch.empty(images, 3, size, size), torch.empty(images, classes), torch.zeros(images, dtype=torch.int64)
+
+    @override
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
         data, train = self.recipe.data, self.recipe.train
         stream = LabelledStream(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.training.collectives import gather
@@ -137,6 +137,12 @@ class Segmentation(DenseTask):
                 else ""
             )
         )
+
+    @override
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        size = self.recipe.data.image_size
+        labels = torch.zeros(images, size, size, dtype=torch.int16)
+        return torch.empty(images, 3, size, size, dtype=torch.uint8), labels, torch.zeros(images, dtype=torch.int64)
 
     @override
     def validate(self, engine: Engine, step: int) -> Validated | None:

@@ -8,6 +8,7 @@ A task is a subclass with
 - ``build()``: a module whose ``encoder`` comes from ``self.encoder(num_classes)``; all other modules are new;
 - ``module_of(recipe, data)``: the same module without the data, to be filled with a checkpoint's weights, and
   ``say(recipe, data, module, image)``: what it makes of one image, for ``mimscale predict``;
+- ``example(images)``, where a batch of any content keeps the same memory, so that a micro-batch of "auto" can be bounded;
 - ``batches``, ``validate``, ``describe``, ``data_state`` and ``check_data`` of :class:`mimscale.training.task.Task`.
 
 Everything in the encoder but a head starts from ``finetune.from``.
@@ -25,7 +26,9 @@ from typing_extensions import override
 
 from mimscale.models.released import CheckpointMismatch
 from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.engine import Ranks
 from mimscale.training.loop import run
+from mimscale.training.memory import kept_bytes, largest_micro_batch
 from mimscale.training.task import Task
 from mimscale.transfer.layer_decay import layer_decay_groups
 from mimscale.transfer.recipe import FinetuneRecipe, task_class
@@ -78,6 +81,21 @@ class TransferTask(Task):
         Raises:
             ShardError: it has others, so that labels would mean something else.
         """
+
+    def example(self, images: int) -> tuple[Tensor, ...] | None:
+        """A batch of the module's arguments, to count memory with; ``None`` where its work depends on what is in them."""
+        return None
+
+    @override
+    def largest_micro_batch(self, config: dict[str, Any], ranks: Ranks) -> int | None:
+        with torch.device("meta"):
+            if self.example(1) is None:
+                return None
+            sizes = [p.numel() for p in self.build().parameters()]
+        recompute = bool(self.recipe.train.activation_checkpointing)
+        return largest_micro_batch(
+            sizes, lambda bf16: kept_bytes(self.build, lambda: self.example(2) or (), recompute, bf16), config, ranks
+        )
 
     @override
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
