@@ -160,9 +160,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _empty_classes(out: Path) -> list[str]:
     index = ShardIndex.load(out)
-    # A fraction of another folder may be all there is.
-    largest = max((name for name in index.content.fractions if name.isdigit()), key=int)
-    present = set(index.labels(index.samples(largest)).tolist())
+    present = set(index.labels(index.samples(index.largest_fraction)).tolist())
     return [name for label, name in enumerate(index.classes) if label not in present]
 
 

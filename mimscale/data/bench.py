@@ -36,6 +36,8 @@ SIZE = 192
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+_IMAGEFOLDER, _DECODE = "ImageFolder + PIL", "libjpeg-turbo decode alone"
+
 Batches = Iterator[Any]
 
 
@@ -95,18 +97,18 @@ def decode_batches(index: ShardIndex, samples: np.ndarray, batch: int) -> Batche
             yield None
 
 
-def stream_batches(index: ShardIndex, fraction: str, batch: int) -> Batches:
+def stream_batches(index: ShardIndex, batch: int) -> Batches:
     """mimscale's own batches, without worker processes."""
-    return iter(MIMStream(index, fraction, image_size=SIZE, global_batch=batch))
+    return iter(MIMStream(index, index.largest_fraction, image_size=SIZE, global_batch=batch))
 
 
-def quality(index: ShardIndex, fraction: str, count: int = 64) -> tuple[float, float]:
+def quality(index: ShardIndex, count: int = 64) -> tuple[float, float]:
     """PSNR of our crops to Pillow's antialiased bilinear resize of the same boxes, dB.
 
     Returns:
         The mean over images, and the least.
     """
-    stream = MIMStream(index, fraction, image_size=SIZE, global_batch=count, flip=0.0)
+    stream = MIMStream(index, index.largest_fraction, image_size=SIZE, global_batch=count, flip=0.0)
     batch = stream.batch(0)
     numbers = draws.uniforms(0, draws.CROP, np.arange(count), augment.DRAWS_PER_CROP)
     found = []
@@ -122,8 +124,8 @@ def quality(index: ShardIndex, fraction: str, count: int = 64) -> tuple[float, f
     return float(np.mean(found)), float(np.min(found))
 
 
-def rates(pipelines: dict[str, Batches], batch: int, rounds: int) -> dict[str, float]:
-    """Images per second of CPU time of each pipeline, median over batches taken in turns."""
+def seconds(pipelines: dict[str, Batches], rounds: int) -> dict[str, np.ndarray]:
+    """CPU seconds of each pipeline for one batch, (rounds,), taken in turns."""
     spent: dict[str, list[float]] = {name: [] for name in pipelines}
     for number in range(rounds + 1):
         for name, batches in pipelines.items():
@@ -131,15 +133,33 @@ def rates(pipelines: dict[str, Batches], batch: int, rounds: int) -> dict[str, f
             next(batches)
             if number:  # the first batch pays for imports and caches
                 spent[name].append(time.process_time() - began)
-    return {name: batch / statistics.median(times) for name, times in spent.items()}
+    return {name: np.asarray(times) for name, times in spent.items()}
 
 
-def measure(outs: list[Path], fraction: str, batch: int, rounds: int, images: int, scratch: Path) -> dict[str, Any]:
+def compared(spent: dict[str, np.ndarray], batch: int) -> dict[str, dict[str, float]]:
+    """Each pipeline's images per second, and how it compares to ImageFolder and to decoding alone on the same files.
+
+    Comparisons are medians over rounds of the ratio within a round: whatever else the machine does slows neighbours in
+    time alike. A pixel store is compared to the first folder's ImageFolder.
+    """
+    first = next(iter(spent)).partition(": ")[0]
+    result = {}
+    for name, times in spent.items():
+        folder = name.partition(": ")[0]
+        figures = {"images_per_s": batch / float(np.median(times))}
+        base = spent.get(f"{folder}: {_IMAGEFOLDER}", spent.get(f"{first}: {_IMAGEFOLDER}"))
+        for what, other in (("x_imagefolder", base), ("of_decode_limit", spent.get(f"{folder}: {_DECODE}"))):
+            if other is not None:
+                figures[what] = float(np.median(other / times))
+        result[name] = figures
+    return result
+
+
+def measure(outs: list[Path], batch: int, rounds: int, images: int, scratch: Path) -> dict[str, Any]:
     """Measure each shard folder and its competitors.
 
     Args:
         outs: shard folders; the first is what pixel stores among the others are compared to.
-        fraction: which fraction of each.
         batch: images a turn.
         rounds: turns.
         images: how many different images the competitors get.
@@ -152,26 +172,27 @@ def measure(outs: list[Path], fraction: str, batch: int, rounds: int, images: in
     pipelines: dict[str, Batches] = {}
     for index in indices:
         name = index.root.name
-        pipelines[f"{name}: mimscale"] = stream_batches(index, fraction, batch)
+        pipelines[f"{name}: mimscale"] = stream_batches(index, batch)
         if index.content.store == PIXELS:
             continue
-        samples = index.samples(fraction)
+        samples = index.samples(index.largest_fraction)
         samples = samples[:: max(1, len(samples) // images)]
         unpack(index, samples, scratch / name)
-        pipelines[f"{name}: ImageFolder + PIL"] = imagefolder_batches(scratch / name, min(batch, len(samples)))
-        pipelines[f"{name}: webdataset"] = webdataset_batches(index.shard_files(fraction), batch)
+        pipelines[f"{name}: {_IMAGEFOLDER}"] = imagefolder_batches(scratch / name, min(batch, len(samples)))
+        pipelines[f"{name}: webdataset"] = webdataset_batches(index.shard_files(index.largest_fraction), batch)
         limit = decode_batches(index, samples, batch)
         if next(limit, _NONE) is not _NONE:
-            pipelines[f"{name}: libjpeg-turbo decode alone"] = limit
-    result: dict[str, Any] = {"images_per_s": rates(pipelines, batch, rounds)}
-    result["psnr_db"] = {index.root.name: quality(index, fraction) for index in indices}
-    return result
+            pipelines[f"{name}: {_DECODE}"] = limit
+    return {
+        "pipelines": compared(seconds(pipelines, rounds), batch),
+        "psnr_db": {index.root.name: quality(index) for index in indices},
+    }
 
 
 _NONE = object()
 
 
-def measure_build(index: ShardIndex, fraction: str, images: int, rounds: int, scratch: Path) -> dict[str, dict]:
+def measure_build(index: ShardIndex, images: int, rounds: int, scratch: Path) -> dict[str, dict]:
     """How fast our build and webdataset's ShardWriter store the same images, out of a folder and out of class tars.
 
     Both are run in turns. ShardWriter has one process; ours is run with one for "images_per_core_s" and with one a core
@@ -186,7 +207,7 @@ def measure_build(index: ShardIndex, fraction: str, images: int, rounds: int, sc
     from image_folder import ImageFolder
     from imagenet_archives import ClassTars
 
-    samples = index.samples(fraction)[:images]
+    samples = index.samples(index.largest_fraction)[:images]
     folder, tars = scratch / "folder", scratch / "tars"
     unpack(index, samples, folder)
     tars.mkdir()
@@ -243,7 +264,7 @@ def measure_build(index: ShardIndex, fraction: str, images: int, rounds: int, sc
     }
 
 
-def soak(index: ShardIndex, fraction: str, images: int, workers: int) -> list[tuple[int, float]]:
+def soak(index: ShardIndex, images: int, workers: int) -> list[tuple[int, float]]:
     """Private memory of all worker processes together while ``images`` samples go through.
 
     Returns:
@@ -254,7 +275,8 @@ def soak(index: ShardIndex, fraction: str, images: int, workers: int) -> list[tu
     batch = 64
     steps = max(20, images // batch)
     seen = []
-    for made in MIMStream(index, fraction, image_size=SIZE, global_batch=batch, workers=workers, stop_step=steps):
+    stream = MIMStream(index, index.largest_fraction, 0, SIZE, batch, workers=workers, stop_step=steps)
+    for made in stream:
         if (made.step + 1) % (steps // 20) == 0:
             children = psutil.Process().children(recursive=True)
             held = sum(child.memory_full_info().uss for child in children if child.is_running())
@@ -262,16 +284,12 @@ def soak(index: ShardIndex, fraction: str, images: int, workers: int) -> list[tu
     return seen
 
 
-def _print(result: dict[str, Any], outs: list[Path]) -> None:
-    figures: dict[str, float] = result["images_per_s"]
+def _print(result: dict[str, Any]) -> None:
     print(f"{'pipeline':<52}{'images/s/core':>14}{'x ImageFolder':>15}{'of decode limit':>17}")
-    first = outs[0].name
-    for name, figure in figures.items():
-        folder = name.partition(": ")[0]
-        base = figures.get(f"{folder}: ImageFolder + PIL", figures.get(f"{first}: ImageFolder + PIL"))
-        limit = figures.get(f"{folder}: libjpeg-turbo decode alone")
-        share = f"{figure / limit:.0%}" if limit else ""
-        print(f"{name:<52}{figure:>14,.0f}{figure / base if base else 0:>15.2f}{share:>17}")
+    for name, figures in result["pipelines"].items():
+        ratio = f"{figures['x_imagefolder']:.2f}" if "x_imagefolder" in figures else ""
+        share = f"{figures['of_decode_limit']:.0%}" if "of_decode_limit" in figures else ""
+        print(f"{name:<52}{figures['images_per_s']:>14,.0f}{ratio:>15}{share:>17}")
     for name, (mean, least) in result["psnr_db"].items():
         print(f"{name}: {mean:.1f} dB to Pillow's antialiased bilinear on average, {least:.1f} dB at least")
 
@@ -283,9 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         words = words[1:]
     parser = argparse.ArgumentParser(prog="mimscale bench data", description=__doc__)
     parser.add_argument("out", type=Path, nargs="+", help="shard folders; a pixel store is compared to the first")
-    parser.add_argument("--fraction", default="100")
-    parser.add_argument("--batch", type=int, default=50, help="images a turn (50)")
-    parser.add_argument("--rounds", type=int, default=20, help="turns (20)")
+    parser.add_argument("--batch", type=int, default=25, help="images a turn (25)")
+    parser.add_argument("--rounds", type=int, default=40, help="turns (40)")
     parser.add_argument("--images", type=int, default=500, help="different images that the competitors get (500)")
     parser.add_argument("--build", action="store_true", help="measure building, not reading")
     parser.add_argument("--soak", type=int, metavar="N", help="measure the workers' memory over N samples instead")
@@ -308,19 +325,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.soak is not None:
-        seen = soak(ShardIndex.load(options.out[0]), options.fraction, options.soak, options.workers)
+        seen = soak(ShardIndex.load(options.out[0]), options.soak, options.workers)
         for samples, mib in seen:
             print(f"{samples:>9,} samples: {mib:8.1f} MiB in {options.workers} workers")
         return {"workers_mib": seen}
     if options.build:
         index = ShardIndex.load(options.out[0])
-        figures = measure_build(index, options.fraction, options.images, options.rounds, scratch)
+        figures = measure_build(index, options.images, options.rounds, scratch)
         print(f"{'from a source: writer':<40}{'images/s/core':>15}{f'images/s, {crew.usable_cores()} cores':>20}")
         for name, figure in figures.items():
             print(f"{name:<40}{figure['images_per_core_s']:>15,.0f}{figure['images_per_s']:>20,.0f}")
         return {"build": figures}
-    result = measure(options.out, options.fraction, options.batch, options.rounds, options.images, scratch)
-    _print(result, options.out)
+    result = measure(options.out, options.batch, options.rounds, options.images, scratch)
+    _print(result)
     return result
 
 

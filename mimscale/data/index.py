@@ -160,6 +160,11 @@ class ShardIndex:
         """Names that :meth:`samples` takes: "10" to "100", the views, "val" where there is one."""
         return [*self.content.fractions, *self.content.views]
 
+    @property
+    def largest_fraction(self) -> str:
+        """The fraction that holds every training image: "100", or less in a folder made of another's fraction."""
+        return max((name for name in self.content.fractions if name.isdigit()), key=int)
+
     def _require(self, fraction: str) -> str:
         fraction = str(fraction)
         if fraction not in self.content.fractions and fraction not in self.content.views:
