@@ -314,6 +314,16 @@ def test_other_mistakes_are_named(own_scenes):
         load_finetune_recipe(RECIPE, ["model.name=vit_b"])
 
 
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("segmentation_models_pytorch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    for name in ("segmentation", "upernet", "label_pictures"):
+        monkeypatch.delitem(sys.modules, f"mimscale.transfer.{name}")
+    with pytest.raises(RecipeError, match=r"needs segmentation_models_pytorch.*: pip install 'mimscale\[dense\]'"):
+        load_finetune_recipe(RECIPE)
+
+
 # -- parts -----------------------------------------------------------------------------------------------------------------
 
 

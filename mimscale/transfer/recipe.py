@@ -75,7 +75,7 @@ def task_class(name: object) -> type[TransferTask]:
     """The task of that name.
 
     Raises:
-        RecipeError: there is none; the nearest is named.
+        RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
     """
     if name is None:
         raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
@@ -83,7 +83,14 @@ def task_class(name: object) -> type[TransferTask]:
         near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
         raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
     module, attribute = TASKS[str(name)]
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mimscale"):
+            raise
+        raise RecipeError(
+            f"task {name} needs {error.name}, which is not installed: pip install 'mimscale[dense]'"
+        ) from None
 
 
 def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
