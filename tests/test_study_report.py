@@ -108,6 +108,18 @@ def test_published_runs_give_the_slopes_with_model_size(of_published):
     assert slopes == pytest.approx([-0.0154, -0.0168, -0.0180], abs=5e-5)
 
 
+def test_the_report_in_the_docs_is_the_one_that_is_made(of_published):
+    def numbers(path: Path) -> list[float | str]:
+        entries = [entry for line in csv.reader(path.read_text().splitlines()) for entry in line]
+        return [float(entry) if re.fullmatch(r"[-+]?\d+\.\d+", entry) else entry for entry in entries]
+
+    docs = Path(__file__).parent.parent / "docs/published"
+    assert {path.name for path in docs.iterdir()} == {path.name for path in of_published.iterdir()}
+    for path in docs.glob("*.csv"):
+        for there, here in zip(numbers(path), numbers(of_published / path.name), strict=True):
+            assert there == pytest.approx(here, rel=1e-6) if isinstance(here, float) else there == here
+
+
 def test_what_was_not_run_is_shown_as_missing(of_published):
     words = Reader(of_published / "report.html").words
     assert "COCO box AP: no run" in words

@@ -276,7 +276,7 @@ def efficiency(study: Analysis, style: Style) -> Picture:
     measures: list[tuple[str, Measure, Measure]] = [
         ("validation loss", loss_of, spread_of),
         (
-            "ImageNet-1K error rate",
+            f"{score_name(score).removesuffix(' top-1')} error rate",
             lambda c: None if (top1 := accuracy(c)) is None else 100 - top1,
             score_spread_of(score),
         ),
@@ -324,6 +324,9 @@ def correlations(study: Analysis, style: Style) -> Picture:
     grid = study.simmim
     panels = []
     for score in study.scores:
+        if not any(score in cell.scores for cell in grid.verdicts):
+            panels.append(Panel(score_name(score), "", absent="no run of this grid has it"))
+            continue
         for loss, measure in (("train_loss", train_loss_of), ("val_loss", loss_of)):
             points = points_of(grid.verdicts, measure, score_of(score))
             heading = f"{score_name(score)} with {LOSS[loss]}"
@@ -344,6 +347,7 @@ def correlations(study: Analysis, style: Style) -> Picture:
                     if line:
                         ends = np.array([f(getattr(c, loss) for c in line.cells) for f in (min, max)])
                         axes.plot(ends, line.intercept + line.slope * ends, kind, color=INK, zorder=4)
+                axes.locator_params(axis="x", nbins=5)
                 axes.set_xlabel(LOSS[loss])
                 axes.set_ylabel(score_name(score))
 

@@ -116,7 +116,7 @@ def correlation_table(study: Analysis) -> Table:
         for group, name in enumerate(("overfit", "other")):
             for loss in ("train_loss", "val_loss"):
                 printed = paper.get(score, {}).get(f"{name}_{loss.removesuffix('_loss')}")
-                shown = None if printed is None else Entry(f"{printed:+.2f}", printed)
+                shown = "" if printed is None else Entry(f"{printed:+.2f}", printed)
                 row += (
                     [_correlation(groups[loss][group]), shown]
                     if study.beside_paper
@@ -233,13 +233,14 @@ def _law(source: str, law: PowerLaw) -> list[Value]:
 def needs(study: Analysis) -> Table:
     """Figure 5 as a table: the smallest dataset that suffices each model at each length."""
     rows: list[list[Value]] = []
-    released = {(n.model, n.iterations): n for n in study.released.needs}
+    keys = {(need.model, need.iterations) for need in study.simmim.needs}
+    released = {key: n for n in study.released.needs if (key := (n.model, n.iterations)) in keys}
     for need in study.simmim.needs:
         name = title(need.smallest.first.dataset) if need.smallest else "more than any tried"
         short = Entry(name if need.certain or not need.smallest else f"{name}, the largest tried", name)
         gaps = "; ".join(f"{title(d)} {gap:+.1%}" for d, gap in need.gaps.items())
         row: list[Value] = [title(need.model), number(need.iterations, ",d"), short, Entry(gaps, mark="long")]
-        if study.released.cells:
+        if released:
             other = released.get((need.model, need.iterations))
             row.append(title(other.smallest.first.dataset) if other and other.smallest else None)
         rows.append(row)
@@ -247,7 +248,7 @@ def needs(study: Analysis) -> Table:
     return Table(
         "needs",
         "The smallest dataset that suffices",
-        (*columns, "Published runs") if study.released.cells else columns,
+        (*columns, "Published runs") if released else columns,
         rows,
         "A dataset suffices where the cell does not overfit and no dataset lowers its validation loss by more than 1 %.",
     )
@@ -258,7 +259,7 @@ def efficiency(study: Analysis) -> Table:
     rows: list[list[Value]] = []
     for row in study.simmim.efficiency:
         most, least = ("at most ", "at least ") if row.bound else ("", "")
-        samples = Entry(f"{most}{row.samples / 1e6:,.4g}M", row.samples) if row.samples else "never reached it"
+        samples = Entry(f"{most}{images_name(row.samples)}", row.samples) if row.samples else "never reached it"
         saving = Entry(f"{least}{row.saving:.2f}", row.saving) if row.saving else None
         rows.append([title(row.model), number(row.target), samples, saving])
     return Table(
@@ -281,7 +282,7 @@ def _verdict(study: Analysis, cell: Cell) -> Value:
 def all_cells(study: Analysis) -> Table:
     """Every cell of the grid over its seeds, with what was published of it."""
     scores = [score for score in study.scores if any(score in cell.scores for cell in study.cells)]
-    released = bool(study.released.cells)
+    released = any(map(study.simmim.counterpart, study.simmim.cells))
     columns = ["Cell", "Objective", "Decoder", "Status", "Seeds", "Validation loss"]
     columns += ["Published", "Difference"] if released else []
     columns += ["Training loss"]
