@@ -69,31 +69,29 @@ def test_the_gpu_path_keeps_shapes_and_takes_the_kernel_that_carries_a_bias(dtyp
 @pytest.mark.parametrize(
     ("image", "window", "trained", "depths"),
     [
-        (64, 4, None, (2, 2, 2, 2)),  # shifted in two stages, one window in the others
-        (128, 8, (4, 4, 4, 2), (2, 1, 3, 1)),  # clipped, shifted, and pre-trained in other windows
+        (192, 12, None, (2, 2, 1, 1)),  # shifted in two stages, one window in the others
+        (224, 14, (12, 12, 12, 6), (2, 1, 1, 1)),  # clipped, shifted, and pre-trained in other windows
     ],
 )
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_losses_and_every_gradient_equal_the_reference_with_drop_path(
-    tmp_path, image, window, trained, depths, checkpointed
-):
+def test_losses_and_every_gradient_equal_the_reference_with_drop_path(tmp_path, image, window, trained, depths):
     state = released_checkpoint(8, depths, HEADS, window, image, seed=2)
     torch.save(state, tmp_path / "w.pth")
-    images, mask = photographs(3, image), random_mask(3, image // 32, image // 32, image // 32)
-    keys = torch.tensor([7, 2**40, 12])
+    images, mask = photographs(2, image), random_mask(2, image // 32, image // 32, image // 32)
+    keys = torch.tensor([7, 2**40])
 
     weights = {
         n.removeprefix("encoder."): v.double().requires_grad_() for n, v in state.items() if v.is_floating_point()
     }
     blocks = sum(depths)
     rates = [0.6 * block / (blocks - 1) for block in range(blocks) for _ in range(2)]
-    factors = keep_scales(rates, 3, keys, torch.device("cpu"))[:, :, 0, 0].double()
+    factors = keep_scales(rates, 2, keys, torch.device("cpu"))[:, :, 0, 0].double()
     assert (factors == 0).any() and (factors > 0).any()
     expected = swin_features(images.double(), mask, weights, depths, HEADS, window, trained, factors)
     loss = simmim_loss(pixels(expected, weights), normalised_target(images, 47), mask, "l2")
     loss.backward()
 
-    for dtype, loss_within, within in ((torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)):
+    cases = ((torch.float64, False, 1e-9, 1e-9), (torch.float32, True, 1e-5, 1e-4))
+    for dtype, checkpointed, loss_within, within in cases:
         encoder = create_encoder(
             "swinv2_s",
             img_size=image,

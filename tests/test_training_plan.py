@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 from training_runs import ENVIRONMENT, ROOT
 
 from mimscale.cli import main
 from mimscale.training.bench import main as bench
 from mimscale.training.ds_config import read_ds_config, zero_stage
+from mimscale.training.memory import peak_bytes
 
 SMALL = ["model.embed_dim=64", "model.num_heads=[2,4,8,16]", "data.image_size=96", "model.window_size=6"]
 
@@ -60,3 +62,13 @@ def test_a_shipped_recipe_is_planned_with_its_own_batch(capsys):
     said = capsys.readouterr().out
     assert "every block recomputed, batch 512" in said
     assert '"activation_checkpointing"' in said
+
+
+def test_the_peak_of_memory_is_what_was_held_at_most():
+    device = torch.device("cpu")
+    before = peak_bytes(device)
+    block = torch.ones(before, dtype=torch.uint8)
+    held = peak_bytes(device)
+    assert 1.2 * before < held < 2.2 * before
+    del block
+    assert peak_bytes(device) == held

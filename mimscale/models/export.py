@@ -268,7 +268,12 @@ def load(path: str | Path, **overrides: Any) -> Any:
         ) from None
     settings.update(overrides)
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    encoder = create_encoder(**settings)
+    if settings.get("num_classes"):  # the file may lack the classifier, which then keeps its starting values
+        encoder = create_encoder(**settings)
+    else:
+        with torch.device("meta"):
+            encoder = create_encoder(**settings)
+        encoder.to_empty(device="cpu")
     load_released(encoder, path)
     return encoder.eval()
 

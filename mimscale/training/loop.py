@@ -19,6 +19,7 @@ from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.collectives import first_only, from_first, gather
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
 from mimscale.training.engine import Engine, Ranks, SpoiltError, StepResult, TrainingError, start_ranks, stop_ranks
+from mimscale.training.memory import peak_bytes
 from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration
 from mimscale.training.pictures import save_png
 from mimscale.training.preemption import Preempted, StopRequests
@@ -363,6 +364,7 @@ class _Run:
         """Write the curves and ``result.json``, and say what to look at."""
         self.saver.finish()
         skipped = gather(self.skipped)
+        peaks = gather(peak_bytes(self.ranks.device))
         result: dict[str, Any] = {}
         if self.ranks.is_first:
             records = self.log.read()
@@ -380,6 +382,7 @@ class _Run:
                 "seconds": time.time() - self.started,
                 "ranks": self.ranks.world_size,
                 "zero_stage": self.engine.stage,
+                "peak_memory_gb": [round(peak / 1e9, 3) for peak in peaks],
                 "checkpoint": f"checkpoints/{checkpoints.step_name(self.step)}",
                 "versions": checkpoints.versions(),
             }
@@ -393,7 +396,10 @@ class _Run:
         return result
 
     def _point_out(self, result: dict[str, Any]) -> None:
-        self.progress.say(f"done: {self.step} steps in {duration(result['seconds'])}. To look at:")
+        self.progress.say(
+            f"done: {self.step} steps in {duration(result['seconds'])}, at most {max(result['peak_memory_gb']):.1f} GB a rank. "
+            f"To look at:"
+        )
         for folder in sorted({picture.parent for picture in self.folder.path.glob("*/step_*.png")}):
             self.progress.say(f"  {max(folder.glob('step_*.png'))}")
         self.progress.say(f"  {self.folder.curves}  (training and validation)")

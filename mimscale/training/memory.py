@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,13 @@ from mimscale.training.recipe import Recipe
 
 # Share of the free memory that "auto" plans with; the rest is for buffers, fragmentation and the data pipeline.
 PLANNED_SHARE = 0.7
+
+
+def peak_bytes(device: torch.device) -> int:
+    """What this process has held at most until now: of its GPU's memory, or of the host's where it trains on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def parameter_sizes(recipe: Recipe) -> list[int]:
