@@ -43,6 +43,16 @@ def test_where_data_never_binds_they_do_not_show_overfitting():
     assert found[LAWS].verdict == "yes"
 
 
+def test_a_single_cell_that_overfits_shows_no_trend():
+    def loss(run: Result) -> float:
+        one = (run.model, run.dataset, run.iterations) == ("swinv2_h", "photos_10", 4000)
+        return study_results.clean_loss(run.parameters, run.iterations) * (1.1 if one else 1)
+
+    runs = [dataclasses.replace(r, val_loss=loss(r), train_loss=None) for r in study_results.grid()]
+    found = findings(analyse(runs, False))[OVERFIT]
+    assert "1 of 48 cells overfit." in found.figures and found.verdict == "part"
+
+
 def test_where_more_data_always_helps_they_say_so():
     assert (
         verdicts(changed(lambda r: study_results.clean_loss(r.parameters, r.iterations) * r.images**-0.05))[MORE_DATA]

@@ -194,6 +194,13 @@ def test_seeds_set_what_counts_as_a_rise():
     assert bad(cells([short, dataclasses.replace(short, cell="b", iterations=2000, val_loss=1.0001)])) == 1
 
 
+def test_a_cell_that_is_worse_on_its_training_images_too_has_not_overfitted():
+    short = Result("a", "pretrain", "m", "d", 1000, val_loss=1.0, train_loss=0.9)
+    for train_loss, verdict in ((0.8, True), (0.95, False), (None, True)):
+        longer = dataclasses.replace(short, cell="b", iterations=2000, val_loss=1.1, train_loss=train_loss)
+        assert any(overfitting(cells([short, longer])).values()) == verdict
+
+
 def test_only_like_is_compared_with_like():
     a = Result("a", "pretrain", "m", "d", 1000, global_batch=64, val_loss=1.0)
     others = {"dataset": "e", "decoder": "8-blocks", "objective": "mae", "sampling": "classes", "global_batch": 32}

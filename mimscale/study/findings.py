@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mimscale.study.analysis import Analysis, Grid
 from mimscale.study.cells import Cell, family, length, title
-from mimscale.study.laws import full_dataset
+from mimscale.study.laws import full_dataset, mean_interval
 from mimscale.study.page import typeset
 from mimscale.study.plots import images_name
 from mimscale.study.results import score_name
@@ -26,6 +26,7 @@ SAID: dict[Verdict, str] = {
 }
 # More data is said not to help where doubling it gains less than this share of what doubling the training does.
 LITTLE = 0.5
+FEW = 3  # cells that overfit, below which a trend may be chance
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,11 @@ def overfitting_finding(grid: Grid, claim: str) -> Finding:
     verdict: Verdict = (
         "open" if not signs else "yes" if all(signs) and len(signs) == 3 else "part" if any(signs) else "no"
     )
+    bad, count = _share(grid, cells)
+    if verdict == "yes" and bad < FEW:
+        verdict = "part"
     names = {c.first.parameters or 0: title(c.first.model) for c in cells}
     data = {(c.first.images or 0, c.first.dataset): title(c.first.dataset) for c in cells}
-    bad, count = _share(grid, cells)
     text = [
         f"{bad} of {count} cells overfit.",
         f"By length: {_by(grid, cells, lambda c: c.first.iterations, length)}.",
@@ -147,6 +150,8 @@ def overfitting_finding(grid: Grid, claim: str) -> Finding:
     against = [what for what, sign in said.items() if sign is False]
     if missing:
         text.append(f"Not comparable here: {', '.join(missing)}.")
+    if 0 < bad < FEW:
+        text.append(f"Fewer than {FEW} cells overfit, so that chance may have had a part in it.")
     if against and verdict == "part":
         text.append(f"Overfitting does not grow with {' or '.join(against)} from its smallest value to its largest.")
     return Finding(claim, verdict, [sentence for sentence in text if sentence])
@@ -199,16 +204,20 @@ def more_data(grid: Grid) -> Finding:
     by_data, by_time = (statistics.median(gain for _, _, gain in gains) for gains in (data, time))
     largest = max(b.first.images or 0 for _, b, _ in data)
     last = [gain for _, b, gain in data if b.first.images == largest]
-    verdict: Verdict = "open" if by_time <= 0 else "yes" if statistics.median(last) < LITTLE * by_time else "no"
+    mean, low, high = mean_interval(last)
+    verdict: Verdict = "open"
+    if by_time > 0 and high < LITTLE * by_time:
+        verdict = "yes"
+    elif by_time > 0 and low > LITTLE * by_time:
+        verdict = "no"
     text = [
         f"Among cells that do not overfit, doubling the data lowers validation loss by {by_data:.2%} "
         f"(median of {len(data)} pairs of neighbouring sizes, "
         f"from {min(g for *_, g in data):.2%} to {max(g for *_, g in data):.2%}); "
         f"doubling the training lowers it by {by_time:.2%} (median of {len(time)}).",
-        f"To the largest size, {title(_dataset(data, largest))}, it is {statistics.median(last):.2%} a doubling "
-        f"(median of {len(last)}, from {min(last):.2%} to {max(last):.2%}). "
-        f"More data is said not to help where this is below {LITTLE:.0%} of what "
-        "doubling the training gains.",
+        f"To the largest size, {title(_dataset(data, largest))}, it is {mean:.2%} a doubling (mean of {len(last)}, 95 % interval "
+        f"{low:.2%} to {high:.2%}). More data is said not to help where all of that is below {LITTLE:.0%} of what doubling the "
+        "training gains.",
     ]
     others = _other_families(cells)
     if others:

@@ -145,6 +145,15 @@ def relative(cell: Cell, unit: float | None) -> float | None:
     return None if unit is None or cell.first.compute is None else cell.first.compute / unit
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % confidence interval (Student's t); of one value, the value itself."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, mean - reach, mean + reach
+
+
 @dataclass(frozen=True)
 class Correlation:
     """Pearson's correlation of a pre-training loss with a score, its 95 % interval (Fisher's z), and the line of best fit."""

@@ -28,7 +28,8 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
     A cell overfits where spending more on the same data made it worse: a shorter training of the same model, or a
     smaller model trained as long, on the same data has a lower validation loss. This is the paper's own description
     (Sections 1 and 4.1: validation loss rises as the training cost increases; small datasets make large models overfit)
-    without a threshold to tune. With several seeds, a rise must exceed twice the standard error of the difference.
+    without a threshold to tune. With several seeds, a rise must exceed twice the standard error of the difference. Where both
+    training losses are known, this one must be the lower: a cell that is worse on both has trained badly, not overfitted.
 
     Args:
         found: cells; only those of the same objective, decoder, sampling and batch are compared.
@@ -43,13 +44,17 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
     for cell in known:
         worst: Overfit | None = None
         for other in known:
-            why = _cheaper(other, cell)
+            why = "" if _trained_worse(cell, other) else _cheaper(other, cell)
             rise = cell.val_loss - other.val_loss  # type: ignore[operator]
             allowed = of_seeds * math.sqrt((1 / cell.seeds + 1 / other.seeds) / 2) if tolerance is None else tolerance
             if why and rise > allowed and (worst is None or rise > worst.rise):
                 worst = Overfit(other, rise, f"{why} reached {other.val_loss:.4f} on the same data")
         verdicts[cell] = worst
     return verdicts
+
+
+def _trained_worse(cell: Cell, other: Cell) -> bool:
+    return cell.train_loss is not None and other.train_loss is not None and cell.train_loss >= other.train_loss
 
 
 def _cheaper(other: Cell, cell: Cell) -> str:

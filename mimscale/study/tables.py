@@ -125,8 +125,8 @@ def correlation_table(study: Analysis) -> Table:
         rows.append(row)
     note = (
         "r [95 % interval by Fisher's z] of how many cells. The split here: a cell overfits where a shorter training of the "
-        "same model, or a smaller model trained as long, on the same data has a lower validation loss. "
-        "The paper's own split is unpublished."
+        "same model, or a smaller model trained as long, on the same data has a lower validation loss, and not "
+        "a lower training loss. The paper's own split is unpublished."
     )
     return Table(
         "table3",
