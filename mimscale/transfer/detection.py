@@ -178,7 +178,7 @@ class Detection(DenseTask):
     def say(
         cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, image: Image.Image
     ) -> tuple[str, Image.Image | None]:
-        pixels, settings = np.asarray(image), recipe.data
+        pixels, settings = np.array(image), recipe.data
         tensors = at_test_size(pixels, settings.test_size, fill(settings.mean))
         found = detect(module, tensors, (pixels.shape[0], pixels.shape[1]))
         sure = found.above(LEAST)

@@ -16,7 +16,7 @@ from mimscale.transfer.coco_scores import Detections
 
 SHOWN, COLUMNS, CELL = 6, 2, 240
 # Less likely ones would hide the picture.
-LEAST = 0.5
+LEAST = 0.3
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -36,7 +36,7 @@ def drawn(pixels: np.ndarray, boxes: Tensor, labels: Tensor, masks: Tensor, word
 
 
 def drawn_detections(pixels: np.ndarray, found: Detections, classes: Sequence[str]) -> Image.Image:
-    """Detections on an image, those below a score of 0.5 left out."""
+    """Detections on an image, unlikely ones left out."""
     found = found.above(LEAST)
     pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
     words = [f"{classes[label - 1]} {score:.0%}" for label, score in pairs]

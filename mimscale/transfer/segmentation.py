@@ -16,7 +16,7 @@ from mimscale.training.collectives import gather
 from mimscale.training.engine import Engine
 from mimscale.training.recipe import Positive, RecipeError, Section
 from mimscale.training.task import Validated
-from mimscale.transfer.dense import DenseData, DenseRecipe, DenseTask, Share
+from mimscale.transfer.dense import DenseData, DenseRecipe, DenseTask, Share, stage_widths
 from mimscale.transfer.label_pictures import LabelPictures, read_classes
 from mimscale.transfer.scaling import fill
 from mimscale.transfer.segmentation_images import SegmentationImages, at_test_size
@@ -114,9 +114,8 @@ class Segmentation(DenseTask):
     @classmethod
     @override
     def heads(cls, recipe: SegmentationRecipe, classes: int) -> UPerNetHeads:
-        with torch.device("meta"):
-            widths = [stage["num_chs"] for stage in cls.bare_encoder(recipe).feature_info]
         decoder = recipe.decoder
+        widths = stage_widths(recipe)
         return UPerNetHeads(widths, classes, decoder.channels, decoder.auxiliary_channels, decoder.dropout)
 
     @classmethod
