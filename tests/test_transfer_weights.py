@@ -101,7 +101,8 @@ def test_every_parameter_has_its_layers_rate_and_decay(recipe):
 
 # The reference takes every pair of tokens by itself: at 640 px only a stage of few windows has a shifted block.
 @pytest.mark.parametrize(
-    ("size", "window", "pad", "depths"), [(224, 14, False, (2, 2, 2, 1)), (640, 20, True, (1, 1, 2, 1))]
+    ("size", "window", "pad", "depths"),
+    [(224, 14, False, (2, 2, 2, 1)), (448, 14, True, (1, 1, 2, 1)), (640, 20, True, (1, 1, 2, 1))],
 )
 def test_weights_of_192_px_give_the_reference_features_at_larger_sizes(tmp_path, size, window, pad, depths):
     state, path = released_file(tmp_path, depths)
