@@ -169,7 +169,7 @@ def _needs(grid: Grid) -> str:
             for text, before in zip(said, ["", *said], strict=False)
             if text.split(" at ")[0] != before.split(" at ")[0]
         ]
-        parts.append(f"{model} {', '.join(kept)}{' and longer' if len(kept) < len(said) else ''}")
+        parts.append(f"{model}: {', '.join(kept)}{' and longer' if len(kept) < len(said) else ''}")
     return f"Smallest sufficient dataset: {'; '.join(parts)}." if parts else ""
 
 
@@ -297,7 +297,7 @@ def sample_efficiency(grid: Grid) -> Finding:
 
 def proxy(study: Analysis) -> Finding:
     """Section 4.3 and Table 3."""
-    claim = "Validation loss tells the fine-tuning score, with a break where overfitting sets in (Section 4.3)"
+    claim = "Validation loss tells the fine-tuning score (Section 4.3)"
     text, signs = [], []
     for score in study.scores:
         overfit, healthy = study.simmim.correlations(score, "val_loss")
