@@ -23,7 +23,8 @@ LIBJPEG_TURBO, NVIMGCODEC = "libjpeg-turbo", "nvimgcodec"
 
 def empty_images(count: int, size: int) -> torch.Tensor:
     """uint8 (count, 3, size, size) with channels innermost in memory, as decoders and resizes leave them."""
-    return torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+    # numpy's memory is that of the batch before last, where torch's aligned one would be new pages each time.
+    return torch.from_numpy(np.empty((count, size, size, 3), np.uint8)).permute(0, 3, 1, 2)
 
 
 def stored_bytes(index: ShardIndex, sample: int) -> memoryview:
