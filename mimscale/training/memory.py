@@ -127,14 +127,21 @@ def plan_rank(sizes: list[int], activations: int, config: dict[str, Any], world_
         update = (float(count * unit), 0.0, float(count * unit))
     else:
         weights, optimizer = float(count * unit), share * 12
-        backward = (0.0, float(max(activations, count * unit if stage == 1 else 0)), float(bucket))
+        # The first full bucket has all of this rank's gradients allocated at once. The wide early maps of a hierarchical
+        # encoder hold most activations and few parameters, so that many are still there when it is full.
+        filled = min(1.0, bucket / (count * unit))
+        sent = min(bucket, count * unit) if world_size > 1 else 0
+        left = activations * (1 - filled**2)
+        start = float(max(activations, count * unit if stage == 1 else 0))
+        backward = max((0.0, start, float(bucket)), (share * accumulated, left, float(bucket + sent)), key=sum)
         update = (share * accumulated, 0.0, share * 4)
     if stage == 3:
         small = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", 100_000))
         weights = share * unit + small * unit * (1 - 1 / world_size)
         live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
         gathered = min(count - small, live) * unit
-        scattered = min(bucket, count * unit) * (1 + 1 / world_size) if world_size > 1 else 0
+        # A full bucket is laid out by rank, summed in a copy of that, and this rank's part taken out.
+        scattered = min(bucket, count * unit) * (2 + 1 / world_size) if world_size > 1 else 0
         backward = (share * accumulated, float(activations), bucket + gathered + scattered)
         update = (share * accumulated, 0.0, bucket + 4 * min(share, zero.get("sub_group_size", 10**9)))
     host = 0.0
