@@ -162,6 +162,13 @@ def test_the_frontier_is_where_data_suffices():
             assert law.slope == pytest.approx(study_results.SIZE_SLOPE, abs=1e-6)
 
 
+def test_a_model_that_overfits_all_its_data_is_not_on_the_frontier():
+    small = [c for c in made_up() if c.first.dataset == "photos_10"]
+    overfit = {(c.first.model, c.first.iterations) for c, why in overfitting(small).items() if why}
+    kept = {(c.first.model, c.first.iterations) for c in frontier(small)}
+    assert overfit and kept and not overfit & kept and len(overfit | kept) == len(small)
+
+
 def test_pareto_cells_cost_more_only_where_they_gain(released):
     kept = pareto(released)
     assert all(a.first.compute < b.first.compute and a.val_loss > b.val_loss for a, b in itertools.pairwise(kept))
