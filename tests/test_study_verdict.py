@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
 
 import pytest
+from training_runs import ROOT
 
 from mimscale.study.cells import cells
+from mimscale.study.doom import Judge
+from mimscale.study.folder import StudyFolder
+from mimscale.study.graph import build_graph
+from mimscale.study.grid import load_study
 from mimscale.study.overfitting import overfitting
 from mimscale.study.published import published
 from mimscale.study.verdict import foresee, judge_curve
@@ -88,3 +94,36 @@ def test_what_comes_after_the_rate_steps_down_does_not_acquit():
     curve += [(last[0] + 50 * n, last[1] - 0.05, last[2] - 0.2) for n in range(1, 5)]
     assert judge_curve(curve) is None
     assert judge_curve(curve, until=last[0]) is not None
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_doomed_run_is_stopped_with_all_that_would_start_from_it_where_the_study_says_so(tmp_path, monkeypatch, stop):
+    monkeypatch.chdir(ROOT)
+    grid = "{models: [swinv2_8, swinv2_16], datasets: [cells_20], lengths: [2000, 4000, 8000]}"
+    words = (f"pretrain=[{grid}]", f"output={tmp_path}", f"stop_doomed={stop}", "finetune.cells.of.lengths=[4000]")
+    study = load_study("launchers/studies/smoke.yaml", words)
+    jobs, folder = build_graph(study), StudyFolder(study)
+    running = jobs["swinv2_8-cells_20-4000"]
+    for job, first, last in ((jobs["swinv2_8-cells_20-2000"], 0, 800), (running, 800, 3000)):
+        log = folder.run(job).metrics
+        log.parent.mkdir(parents=True)
+        points = [point for point in overfitted(3050) if first < point[0] <= last]
+        lines = [{"step": s, "loss": t} for s, t, _ in points] + [{"step": s, "val_loss": v} for s, _, v in points]
+        log.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
+    judge = Judge(folder, jobs)
+    (ruling,) = judge.by_curves([running])
+    longer = "swinv2_8-cells_20-8000"
+    assert ruling.marked == (running.id, longer)
+    records = {name: folder.record(job) for name, job in jobs.items()}
+    assert {name for name, record in records.items() if record.verdict} == {running.id, longer}
+    stopped = {name for name, record in records.items() if record.state == "stopped"}
+    assert stopped == ({running.id, longer, f"{running.id}-cells"} if stop else set())
+    if stop:
+        left = (
+            judge.flops[running.id] * (4000 - 3000) / running.steps
+            + judge.flops[longer]
+            + judge.flops[f"{running.id}-cells"]
+        )
+        assert ruling.saved == pytest.approx(left)
+        assert f"3 jobs are stopped, which saves {left / sum(judge.flops.values()):.1%}" in str(ruling)
+    assert judge.by_curves([running]) == []

@@ -50,6 +50,7 @@ class Sum:
 def plan_text(study: Study, jobs: dict[str, Job]) -> str:
     """The plan for people: every job, sums by model and task, memory, and the whole."""
     speed = study.speed
+    on_gpus = any(job.resources.gpus for job in jobs.values())
     seconds = {name: gpu_seconds(job, speed) for name, job in jobs.items()}
     pretraining = [job for job in jobs.values() if job.launcher == "pretrain"]
     computed = sum(job.steps for job in pretraining)
@@ -62,11 +63,15 @@ def plan_text(study: Study, jobs: dict[str, Job]) -> str:
         _sums_table(_sums(jobs, seconds), speed),
         _memory_table(study, pretraining),
         f"{len(jobs)} jobs: {len(pretraining)} pre-trainings and {len(jobs) - len(pretraining)} fine-tunings, "
-        f"{_hours(total)} GPU-hours{_cost(total, speed)} at {speed.mfu:.0%} of {speed.gpu}'s peak in bf16.",
+        + (
+            f"{_hours(total)} GPU-hours{_cost(total, speed)} at {speed.mfu:.0%} of {speed.gpu}'s peak in bf16."
+            if on_gpus
+            else f"{sum(map(job_flops, jobs.values())) / 1e12:,.1f} TFLOP. The study asks for no GPUs; hours are those of one."
+        ),
         f"Shared trunks: {computed:,} pre-training iterations in place of {alone:,}, which saves "
         f"{_hours(alone_seconds - shared_seconds)} GPU-hours{_cost(alone_seconds - shared_seconds, speed)}, "
         f"{1 - shared_seconds / alone_seconds:.1%} of pre-training.",
-        f"Every job at once, the longest chain takes {duration(_longest_chain(jobs, seconds))}.",
+        f"Every job at once, the longest chain takes {duration(_longest_chain(jobs, seconds))}." if on_gpus else "",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -121,9 +126,7 @@ def _sums_table(sums: Iterable[Sum], speed: Speed) -> str:
 
 def _memory_table(study: Study, pretraining: Sequence[Job]) -> str:
     """What each model's ranks hold, by the memory model; empty where the study asks for no GPUs."""
-    rows: list[tuple[str, ...]] = [
-        ("memory", "GPUs", "ZeRO stage", "GB a rank", "micro-batch", "a start of 125K takes")
-    ]
+    rows: list[tuple[str, ...]] = [("memory", "GPUs", "ZeRO stage", "GB a rank", "micro-batch", "125K take")]
     budget = study.speed.gpu_memory * GB
     seen: dict[str, Job] = {}
     for job in pretraining:

@@ -75,7 +75,8 @@ def foresee(found: Iterable[Cell]) -> dict[Cell, Doom]:
     """Cells without an end point that the end points of others doom.
 
     A cell is doomed where two cheaper cells on its data, in a row along length (same model) or along model size (same
-    length), show a rise beyond the seeds' noise: what made the second worse than the first grows with cost.
+    length), show a rise beyond the seeds' noise, and the second's training loss, where it is known, is the lower one: what
+    made it worse on other data grows with cost.
 
     Args:
         found: cells of one objective; those with a validation loss are evidence, those without are judged.
@@ -102,8 +103,10 @@ def _foretold(cell: Cell, known: Sequence[Cell], tolerance: float) -> Doom | Non
         (sorted(smaller, key=lambda c: c.first.parameters or 0), lambda c: title(c.first.model)),
     ):
         for a, b in itertools.pairwise(cheaper):
+            if a.train_loss is not None and b.train_loss is not None and b.train_loss >= a.train_loss:
+                continue  # it fits its own data no better: it has learnt less, not too much
             rise = (b.val_loss or 0) - (a.val_loss or 0)
-            if rise > tolerance:
+            if rise > tolerance * math.sqrt((1 / a.seeds + 1 / b.seeds) / 2):
                 return Doom(
                     f"on the same data {name(b)} ended at {b.val_loss:.4f}, above the {a.val_loss:.4f} of {name(a)}"
                 )
