@@ -31,7 +31,16 @@ def drawn(pixels: np.ndarray, boxes: Tensor, labels: Tensor, masks: Tensor, word
     if len(labels):
         colours = [colour(label) for label in labels.tolist()]
         picture = draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
-        picture = draw_bounding_boxes(picture, boxes, list(words), colours, width=2)
+        picture = draw_bounding_boxes(
+            picture,
+            boxes,
+            list(words),
+            colours,
+            width=2,
+            label_colors="white",
+            label_background_colors=colours,
+            fill_labels=True,
+        )
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
@@ -56,16 +65,29 @@ class DetectionSheet:
 
     def draw(self) -> Image.Image:
         """The sheet."""
-        width, height = 2 * CELL + 2 * GAP, CELL + GAP
-        lines = -(-max(1, len(self.rows)) // COLUMNS)
-        sheet = Image.new("RGB", (COLUMNS * width + GAP, HEADER + lines * height + GAP), (255, 255, 255))
+        width = 2 * CELL + 2 * GAP
+        small = [tuple(shrunk(picture) for picture in pair) for pair in self.rows]
+        lines = [small[first : first + COLUMNS] for first in range(0, len(small), COLUMNS)]
+        heights = [max(pair[0].height for pair in line) for line in lines]
+        sheet = Image.new(
+            "RGB", (COLUMNS * width + GAP, HEADER + sum(heights) + GAP * (len(lines) + 1)), (255, 255, 255)
+        )
         pen = ImageDraw.Draw(sheet)
-        for number, pair in enumerate(self.rows):
-            for side, (picture, title) in enumerate(zip(pair, ("true", f"found ({LEAST:.0%} or more)"), strict=True)):
-                left = GAP + number % COLUMNS * width + side * (CELL + GAP)
-                if number < COLUMNS:
-                    pen.text((left + 2, 3), title, fill=(0, 0, 0))
-                scale = CELL / max(picture.size)
-                small = picture.resize((round(picture.width * scale), round(picture.height * scale)))
-                sheet.paste(small, (left, HEADER + GAP + number // COLUMNS * height))
+        top = HEADER + GAP
+        for line, height in zip(lines, heights, strict=True):
+            for column, pair in enumerate(line):
+                for side, (picture, title) in enumerate(
+                    zip(pair, ("true", f"found ({LEAST:.0%} or more)"), strict=True)
+                ):
+                    left = GAP + column * width + side * (CELL + GAP)
+                    sheet.paste(picture, (left, top))
+                    if line is lines[0]:
+                        pen.text((left + 2, 3), title, fill=(0, 0, 0))
+            top += height + GAP
         return sheet
+
+
+def shrunk(picture: Image.Image) -> Image.Image:
+    """A picture with a longer side of CELL pixels."""
+    scale = CELL / max(picture.size)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
