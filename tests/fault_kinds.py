@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -56,6 +57,7 @@ class Start:
     rng: random.Random
     disk_full: Callable[[int], Callable[[], None]] | None
     ranks: int = 2
+    log_name: str = "log"
     processes: list[ForkProcess] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -63,7 +65,7 @@ class Start:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = str(server.getsockname()[1])
-        self.log = self.run.with_name(f"{self.run.name}.log")
+        self.log = self.run.with_name(f"{self.run.name}.{self.log_name}")
         self.log.write_text("")
         world = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1"}
         arguments = launcher(self.run, self.config, *self.overrides)[1:]
@@ -237,7 +239,12 @@ def fill_disk(start: Start) -> Outcome | None:
         free()
     if (start.run / "result.json").exists():
         return None
-    return Outcome(f"disk full but for {room} bytes", said="No space left", status=1)
+    failed = re.search(r"cannot save \S*/step_(\d+)", start.output())
+    late = start.logged() - int(failed[1]) if failed else 0
+    if late >= start.interval:
+        raise Violation(f"a save that failed was told of {late} steps later\n{start.output()[-3000:]}")
+    redo = start.interval + late if failed else None
+    return Outcome(f"disk full but for {room} bytes", said="No space left", status=1, redo=redo)
 
 
 def truncate(start: Start) -> Outcome | None:
@@ -291,6 +298,7 @@ def remove_shard(start: Start) -> Outcome | None:
         away.rename(shard)
         return None
     again = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
+    again.log_name = "without"
     again.begin()
     try:
         again.ended_by_itself(*range(start.ranks), within=PATIENCE)

@@ -161,3 +161,41 @@ def test_an_array_of_jobs_builds_the_bytes_of_one_build(life, shards):
     digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.iterdir()}
     logs = "".join((life / f"shards_{number}.log").read_text() for number in (1, 2, 3))
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (life / "shards").iterdir()} == digest, logs
+
+
+@pytest.fixture
+def job(cluster, tmp_path):
+    """Submit ``pretrain.sbatch`` with a shell script in the trainer's place; ``$start`` counts its starts from 1."""
+
+    def submit(script: str) -> str:
+        trainer = tmp_path / "trainer.sh"
+        count = f'start=$(($(cat "{tmp_path}/starts" 2>/dev/null) + 1)); echo $start > "{tmp_path}/starts"'
+        trainer.write_text(f"{count}\nmkdir -p {tmp_path}/run/checkpoints\n{script}\n")
+        settings = {"COMMAND": f"(bash {trainer})", "OUTPUT": tmp_path / "run"}
+        lines = (ROOT / "launchers/slurm/pretrain.sbatch").read_text().splitlines()
+        edited = [
+            f"{name}={settings[name]}" if (name := line.partition("=")[0]) in settings else line for line in lines
+        ]
+        file = tmp_path / "job.sbatch"
+        file.write_text("\n".join(line for line in edited if not line.startswith("#SBATCH --ntasks")) + "\n")
+        options = ["--nodes=1", "--ntasks=1", f"--output={tmp_path}/log", "--time=10"]
+        return cluster.run("sbatch", "--parsable", *options, str(file)).strip()
+
+    return submit
+
+
+def test_a_job_that_failed_goes_on_as_long_as_it_gets_on(cluster, job, tmp_path):
+    """It saves a checkpoint and fails, then it fails before the next one."""
+    number = job(f"[ $start -le 1 ] && mkdir {tmp_path}/run/checkpoints/step_0000000$start; exit 1")
+    assert cluster.wait_for_end(number, 60) == "FAILED"
+    assert (tmp_path / "starts").read_text() == "2\n"
+
+
+def test_a_cancelled_job_stays_so_though_it_saves_and_asks_to_be_queued_again(cluster, job, tmp_path):
+    number = job(f"trap 'mkdir {tmp_path}/run/checkpoints/step_00000001; exit 75' TERM; sleep 100 & wait")
+    cluster.wait(lambda: (tmp_path / "starts").exists(), "the job starts", 60)
+    cluster.run("scancel", number)
+    cluster.wait(lambda: (tmp_path / "run/checkpoints/step_00000001").exists(), "the job saves", 60)
+    assert cluster.wait_for_end(number, 60) == "CANCELLED"
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty", 60)
+    assert (tmp_path / "starts").read_text() == "1\n"

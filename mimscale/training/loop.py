@@ -201,7 +201,8 @@ class _Run:
         with StopRequests(train.stop_margin) as stop:
             self.watch.note("data", self.step)
             for batch in self.task.batches(self.step, self.ranks):
-                result, lr = self._step(batch, stop.wanted() is not None)
+                # A save that failed ends the run now, and not with the next save.
+                result, lr = self._step(batch, stop.wanted() is not None or self.saver.has_failed())
                 self.step += 1
                 images += train.global_batch
                 last = self.step == train.iterations

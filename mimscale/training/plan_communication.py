@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from typing import Any
 
 from mimscale.models.factory import encoder_names
 from mimscale.training.communication import Network, predict, step_time
@@ -12,8 +14,15 @@ from mimscale.training.metrics import GPU_PEAKS, flops_per_image
 from mimscale.training.plan import GB, Load, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, resolve
 
-STAGES = (1, 2, 3)
-WAYS = ("1", "2", "3", "3 hpz")
+# What a way is called: (ZeRO stage, changes to its configuration, whether the backward pass gathers inside nodes only).
+NONE_WHOLE = {"stage3_param_persistence_threshold": 0}
+WAYS: dict[str, tuple[int, dict[str, int], bool]] = {
+    "1": (1, {}, False),
+    "2": (2, {}, False),
+    "3": (3, {}, False),
+    "3, threshold 0": (3, NONE_WHOLE, False),
+    "3, hpz": (3, NONE_WHOLE, True),
+}
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 # Nodes of 8 GPUs with NVLink, and what joins them: 8 adapters of 400 Gbit/s; one of 100 Gbit/s. Four fifths are reached.
 NETWORKS = {"8x400": Network(8, 0.8 * 450e9, 0.8 * 400e9), "1x100": Network(8, 0.8 * 450e9, 0.8 * 12.5e9)}
@@ -21,8 +30,8 @@ NETWORKS = {"8x400": Network(8, 0.8 * 450e9, 0.8 * 400e9), "1x100": Network(8, 0
 
 def rows(
     model: str, network: Network, gpus: tuple[int, ...], batch: int, peak: float, mfu: float, gpu_bytes: float
-) -> list[dict[str, float]]:
-    """One row for each number of GPUs and ZeRO stage, and stage 3 with a secondary partition in each node (``hpz``).
+) -> list[dict[str, Any]]:
+    """One row for each number of GPUs and each of WAYS.
 
     Raises:
         RecipeError, DeepSpeedConfigError: no such model, or the batch does not divide over the GPUs.
@@ -36,17 +45,19 @@ def rows(
     }
     recipe = resolve(values, "--model", Recipe)
     flops = flops_per_image(recipe)
+    counted = Load.of(recipe, gpus[0], gpu_bytes)
     found = []
     for count in gpus:
-        load = Load.of(recipe, count, gpu_bytes)
+        load = replace(counted, gpus=count)
         compute = flops * (4 / 3 if checkpointing else 1) * batch / (count * peak * mfu)
-        for stage, hpz in [*((stage, False) for stage in STAGES), (3, True)]:
+        for name, (stage, changes, hpz) in WAYS.items():
             if hpz and count <= network.gpus_per_node:
                 continue
             way = plan_way(load, stage, ())
             config = way.config | {
                 "gradient_accumulation_steps": batch // count // way.micro,
                 "bf16": {"enabled": True},
+                "zero_optimization": way.config["zero_optimization"] | changes,
             }
             traffic = predict(load.sizes, config, count, recomputed=float(checkpointing))
             within = traffic.gathered_again if hpz else 0.0
@@ -54,8 +65,7 @@ def rows(
             found.append(
                 {
                     "gpus": count,
-                    "stage": stage,
-                    "hpz": hpz,
+                    "way": name,
                     "fits": way.fits,
                     "micro": way.micro,
                     "sent": traffic.sent,
@@ -67,7 +77,7 @@ def rows(
     return found
 
 
-def _cell(row: dict[str, float] | None) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     if not row["fits"]:
@@ -99,7 +109,7 @@ def main(argv: list[str]) -> int:
         print("MB that a GPU sends in a step, ms that this takes, and what share of the step is computing\n")
         print(f"{'GPUs':>5}{'computing, ms':>15}" + "".join(f"{f'ZeRO {way}':>22}" for way in WAYS))
         for count in asked.gpus:
-            cells = {f"{r['stage']}{' hpz' * bool(r['hpz'])}": r for r in found if r["gpus"] == count}
+            cells = {row["way"]: row for row in found if row["gpus"] == count}
             line = f"{count:>5}{1e3 * cells['1']['compute']:>15.1f}"
             print(line + "".join(f"{_cell(cells.get(way)):>22}" for way in WAYS))
         print()

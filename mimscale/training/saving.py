@@ -73,6 +73,10 @@ class Saver:
         )
         self._thread.start()
 
+    def has_failed(self) -> bool:
+        """Whether this rank's share could not be written; :meth:`finish` raises it. Not collective."""
+        return self._thread is not None and self._failure is not None
+
     def is_writing(self) -> bool:
         """Whether this rank's thread still writes."""
         return self._thread is not None and self._thread.is_alive()
