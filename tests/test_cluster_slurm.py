@@ -72,6 +72,7 @@ def life(cluster, tmp_path_factory, shards) -> Path:
         minutes = int(cluster.job(limited)["RunTime"].split(":")[1])
         cluster.run("scontrol", "update", f"JobId={limited}", f"TimeLimit={minutes + 2}")
         cluster.wait(lambda: all(map(is_signalled, pids)), "the time limit comes near")
+        cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=30")  # once is enough
     for job in (requeued, limited, tuned):
         cluster.wait_for_end(job)
     cluster.wait(lambda: array not in cluster.run("squeue", "-h", "-o", "%A %F"), "the array ends")

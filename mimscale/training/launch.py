@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mimscale.training.preemption import REQUEUE_EXIT, Preempted, listen
+from mimscale.training.preemption import REQUEUE_EXIT, Preempted, deafen, listen
 
 if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe
@@ -110,6 +110,7 @@ def launch(
         end(TrainingError(message), everywhere=False)
     except KeyboardInterrupt:
         end(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True, state="stopped")
+    deafen()
     sys.exit(0)
 
 

@@ -32,6 +32,12 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
+def deafen() -> None:
+    """From now on the signals do nothing: all is done, and one that came while the program ends would make it a failure."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequests:
     """What asks this process to stop, while the ``with`` block lasts; also what was heard before (:func:`listen`).
 
