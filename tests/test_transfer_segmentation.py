@@ -148,17 +148,25 @@ def test_a_run_folder_and_the_commands_on_it(runs: Path, scenes, tmp_path, capsy
         assert drawn.width == plain.width and drawn.height > plain.height
 
 
+def objects_iou(result: dict) -> float:
+    """Mean over the objects' classes: saying "photograph" everywhere scores 0."""
+    return float(
+        np.nanmean([np.nan if iou is None else iou for name, iou in result["iou"].items() if name != "photograph"])
+    )
+
+
 def test_it_learns(alone, scenes, tmp_path):
     """From scratch, a few seconds: objects are found, which an untrained model does not do."""
     longer = ["train.iterations=120", "train.validate_every=120", "schedule.warmup=10", "optimizer.lr=3e-3"]
     still = ["model.drop_path=0", "decoder.channels=32", "train.log_every=10"]
     recipe = load_finetune_recipe(RECIPE, [*SMALL, *longer, *still, *where(scenes)])
     task = Segmentation(recipe)
-    untrained = task.validate(Standing(task.build(), ONE, 1), 0).record["val_miou"]
+    torch.manual_seed(0)
+    task.validate(Standing(task.build(), ONE, 1), 0)
+    untrained = objects_iou(task.result([]))
     result = finetune(recipe, {}, str(tmp_path / "run"))
-    found = [iou for name, iou in result["iou"].items() if name != "photograph" and iou is not None]
-    assert result["value"] > 3 * untrained and result["iou"]["photograph"] > 80
-    assert max(found) > 15
+    assert result["iou"]["photograph"] > 80
+    assert objects_iou(result) > max(6, 3 * untrained)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------
