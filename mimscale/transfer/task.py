@@ -16,6 +16,7 @@ Everything in the encoder but a head starts from ``finetune.from``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -66,14 +67,14 @@ class TransferTask(Task):
         return self.bare_encoder(self.recipe, num_classes)
 
     @classmethod
+    @abstractmethod
     def module_of(cls, recipe: Any, data: dict[str, Any]) -> nn.Module:
         """The module of a run, from its recipe and what its checkpoint says of the data (``data_state``)."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def say(cls, recipe: Any, data: dict[str, Any], module: Any, image: Image.Image) -> tuple[str, Image.Image | None]:
         """What a trained module makes of an RGB image of any size: in words, and as a picture where one helps."""
-        raise NotImplementedError
 
     def check_same_classes(self, data: dict[str, Any]) -> None:
         """Raise unless this task's data has the classes that a checkpoint was trained on.
