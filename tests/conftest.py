@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,15 @@ pytest_plugins = ["training_runs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "shards"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment():
+    """Whoever trains in this process says in its environment where ranks meet, which no other file's processes shall hear."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

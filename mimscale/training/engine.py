@@ -74,9 +74,14 @@ class Ranks:
         return self.rank == 0
 
 
+# What start_ranks added to the environment.
+_meeting: dict[str, str] = {}
+
+
 def start_ranks(timeout_minutes: float = 30) -> Ranks:
     """Join the process group of whoever launched us: ``deepspeed``, ``torchrun``, ``srun``, or nobody (one process)."""
-    os.environ.update(rendezvous())
+    _meeting.update(rendezvous())
+    os.environ.update(_meeting)
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -120,6 +125,9 @@ def stop_ranks() -> None:
     """Leave the process group, so that this process can join another one."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()  # and forgets the groups that it made of it
+    for name in _meeting:  # what this process starts from now on shall not take itself for a rank
+        os.environ.pop(name, None)
+    _meeting.clear()
 
 
 def on_gpu() -> bool:
