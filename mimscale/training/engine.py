@@ -74,7 +74,7 @@ class Ranks:
         return self.rank == 0
 
 
-# What start_ranks added to the environment.
+# What start_ranks added to the environment, and stop_ranks takes back.
 _meeting: dict[str, str] = {}
 
 
@@ -96,9 +96,9 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
         # Ranks on one CPU would otherwise each start a thread for every core.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
-    if not on_gpu and (found := interface(os.environ["MASTER_ADDR"])) is not None:
+    if not on_gpu and "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface(os.environ["MASTER_ADDR"])):
         # Gloo would take the one that the host's own name points to: on many hosts that is the loopback.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+        _meeting["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = found
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MIMSCALE_DEEPSPEED_LOG", "ERROR").upper())
     deepspeed.init_distributed(  # nothing to do where there is a process group already
         dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",
