@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +11,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from training_runs import ENVIRONMENT, ROOT, TINY, losses, records, run_ranks, write_config
+from training_runs import (
+    ROOT,
+    TINY,
+    go_on,
+    kill_after_a_checkpoint,
+    losses,
+    records,
+    run_ranks,
+    write_config,
+)
 
 from mimscale.cli import main
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
@@ -177,15 +182,8 @@ def test_a_run_killed_in_a_step_repeats_every_digit(runs: Path, tmp_path, base):
     run, config = tmp_path / "run", write_config(tmp_path, **CONFIGS["zero0"])
     named = ["--deepspeed_config", str(config), "--recipe", str(RECIPE), "--output", str(run)]
     command = [sys.executable, "launchers/finetune.py", *named, *base]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while len(saved_steps(run)) < 2 or saved_steps(run)[-1] < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert saved_steps(run)[-1] < STEPS
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    kill_after_a_checkpoint(command, run, 3)
+    go_on(command)
     assert losses(run) == losses(runs / "1-zero0")
     # The average that was restored is what is validated.
     assert records(run, "val_loss") == records(runs / "1-zero0", "val_loss")

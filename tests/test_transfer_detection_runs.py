@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import ENVIRONMENT, ROOT, losses, records, run_ranks
+from training_runs import ROOT, kill_after_a_checkpoint, losses, records, run_ranks
 
 from mimscale.cli import main
-from mimscale.training.checkpoint import saved_steps
 from mimscale.transfer.dense_stream import DenseStream
 from mimscale.transfer.detection import Detection
 from mimscale.transfer.recipe import load_finetune_recipe
@@ -61,18 +56,6 @@ def data_of(scenes: Path) -> list[str]:
     ]
 
 
-def kill_after_a_checkpoint(command: list[str], run: Path) -> None:
-    """Start a training and kill it as soon as a checkpoint of step 2 or later is there."""
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 300
-        while not [step for step in saved_steps(run) if step >= 2]:
-            assert process.poll() is None, "it ended by itself"
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert not (run / "result.json").exists(), "it was killed too late"
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, scenes) -> Path:
     """Variants of one short run, in folders named ranks-variant; "2-resumed" began on one rank, which was killed."""
@@ -86,7 +69,7 @@ def runs(tmp_path_factory, scenes) -> Path:
     config = folder / "ds.json"
     config.write_text(json.dumps(STAGE["zero2"]))
     named = ["--deepspeed_config", str(config), "--recipe", str(RECIPE), "--output", str(folder / "2-resumed")]
-    kill_after_a_checkpoint([sys.executable, "launchers/finetune.py", *named, *fixed], folder / "2-resumed")
+    kill_after_a_checkpoint([sys.executable, "launchers/finetune.py", *named, *fixed], folder / "2-resumed", 2)
     run_ranks(1, [cell("1-zero0", STAGE["zero0"]), cell("1-empty", STAGE["zero2"] | one, *NEARLY_EMPTY)])
     bf16 = {**STAGE["zero2"], **one, "bf16": {"enabled": True}}
     cells = [cell("2-resumed", STAGE["zero1"]), cell("2-zero2", STAGE["zero2"])]

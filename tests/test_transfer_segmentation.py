@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import ENVIRONMENT, ROOT, losses, records, run_ranks, write_config
+from training_runs import ROOT, go_on, kill_after_a_checkpoint, losses, records, run_ranks, write_config
 
 from mimscale.cli import main
 from mimscale.data import DamagedSample, ShardError
-from mimscale.training.checkpoint import Checkpoint, saved_steps
+from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Ranks
 from mimscale.training.recipe import RecipeError
 from mimscale.transfer.batch_norm import SyncedBatchNorm2d
@@ -111,15 +107,8 @@ def test_a_run_killed_in_a_step_repeats_every_digit(runs: Path, tmp_path, base):
     run, config = tmp_path / "run", write_config(tmp_path, zero_optimization={"stage": 0})
     named = ["--deepspeed_config", str(config), "--recipe", str(RECIPE), "--output", str(run)]
     command = [sys.executable, "launchers/finetune.py", *named, *base]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not saved_steps(run):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert saved_steps(run)[-1] < STEPS
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    kill_after_a_checkpoint(command, run, 1)
+    go_on(command)
     assert losses(run) == losses(runs / "1-zero0")
     assert records(run, "val_miou") == records(runs / "1-zero0", "val_miou")
 

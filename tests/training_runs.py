@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     overrides = [*TINY, f"data.shards={shards}"]
     run_ranks(2, [{"output": run, "config": {"zero_optimization": {"stage": 2}}, "overrides": overrides}])
     return run
+
+
+def kill_after_a_checkpoint(command: list[str], run: Path, step: int) -> None:
+    """Start a training and kill it with all its processes as soon as a checkpoint of ``step`` or later is there."""
+    from mimscale.training.checkpoint import saved_steps
+
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 300
+    while max(saved_steps(run), default=0) < step:
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "result.json").exists(), "it was killed too late"
+
+
+def go_on(command: list[str]) -> None:
+    """Start a killed training again, and see it go on from a checkpoint to its end."""
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
