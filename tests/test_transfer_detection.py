@@ -27,6 +27,7 @@ from mimscale.transfer.detection import Detection
 from mimscale.transfer.detection_images import DetectionImages, unpack_masks
 from mimscale.transfer.mask_rcnn import KeyedSampler
 from mimscale.transfer.recipe import load_finetune_recipe
+from mimscale.transfer.start import task_encoder
 
 RECIPES = ROOT / "launchers/recipes/finetune"
 GREY = (124, 116, 104)
@@ -319,7 +320,7 @@ def test_the_papers_settings(scenes, size):
     epochs = [share * 36 for share in found.schedule.decay_at]
     assert epochs == pytest.approx([27, 33], abs=1e-4)
     with torch.device("meta"):
-        encoder = Detection.bare_encoder(found)
+        encoder = task_encoder(found)
     assert [rows for rows, _ in encoder.references] == [12, 12, 12, 6]
 
 

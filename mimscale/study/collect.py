@@ -19,7 +19,8 @@ from mimscale.study.results import Point, Result, Status, write_json
 from mimscale.training.metrics import MetricsLog, flops_per_image
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
-from mimscale.transfer.recipe import FinetuneRecipe, task_class
+from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.transfer.start import task_encoder
 
 # A result's scores, by what they are called in a fine-tuning's last validation.
 SCORE_KEYS = {"val_top1": "top1", "val_box_ap": "ap_box", "val_mask_ap": "ap_mask", "val_miou": "miou"}
@@ -146,22 +147,22 @@ def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=256)
 def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
-    recipe = resolve(json.loads(text), "the study", schema)
+    values = json.loads(text)
+    recipe = resolve(values, "the study", schema)
     try:
         if isinstance(recipe, Recipe):
             with torch.device("meta"):
                 objective = build_objective(recipe)
             return _count(objective.encoder), _count(objective), flops_per_image(recipe)
         assert isinstance(recipe, FinetuneRecipe)
-        kind = task_class(recipe.task)
-        size = kind.image_size_of(recipe)
+        size = values["data"]["image_size"]
         with torch.device("meta"):
-            encoder = kind.bare_encoder(recipe)
+            encoder = task_encoder(recipe)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 encoder.eval()(torch.empty(1, 3, size, size))
         return _count(encoder), _count(encoder), 3 * counter.get_total_flops()
     except RecipeError as error:
-        raise StudyError(f"{json.loads(text)['model']['name']} of the study cannot be built: {error}") from None
+        raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
 
 
 def _count(module: torch.nn.Module) -> int:

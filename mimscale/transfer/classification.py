@@ -29,6 +29,7 @@ from mimscale.transfer.labels import ClassCounts, check_labels
 from mimscale.transfer.mixing import Mixing
 from mimscale.transfer.recipe import Finetune, FinetuneRecipe
 from mimscale.transfer.scores import TOP, predict, read_ahead, spread
+from mimscale.transfer.start import task_encoder
 from mimscale.transfer.task import TransferTask
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -155,7 +156,7 @@ class Classification(TransferTask):
     @classmethod
     @override
     def module_of(cls, recipe: ClassificationRecipe, data: dict[str, Any]) -> nn.Module:
-        return Classifier(cls.bare_encoder(recipe, len(data["classes"])))
+        return Classifier(task_encoder(recipe, len(data["classes"])))
 
     @classmethod
     @override

@@ -37,6 +37,7 @@ from mimscale.training.recipe import Positive, Section
 from mimscale.training.task import TaskBatch
 from mimscale.transfer.dense_stream import DenseImages, DenseStream, HeldOutStream
 from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.transfer.start import task_encoder
 from mimscale.transfer.task import TransferTask
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -74,6 +75,8 @@ class DenseRecipe(FinetuneRecipe):
         "data.validation_annotations",
         "data.validation_images",
     }
+
+    pad_windows: ClassVar[bool] = True
 
     data: DenseData
 
@@ -122,8 +125,6 @@ class DenseTask(TransferTask):
         RecipeError, ShardError: the data cannot be used.
     """
 
-    pad_windows: ClassVar[bool] = True
-
     recipe: DenseRecipe
     images: DenseImages
     held_out: DenseImages | None
@@ -151,7 +152,7 @@ class DenseTask(TransferTask):
     @classmethod
     @override
     def module_of(cls, recipe: Any, data: dict[str, Any]) -> nn.Module:
-        return cls.join(recipe, cls.bare_encoder(recipe), cls.heads(recipe, len(data["classes"])))
+        return cls.join(recipe, task_encoder(recipe), cls.heads(recipe, len(data["classes"])))
 
     @override
     def starting_weights(self) -> Callable[[str], Tensor | None]:

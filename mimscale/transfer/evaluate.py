@@ -15,8 +15,9 @@ from mimscale.training.engine import OneRankError, start_ranks, stop_ranks
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import write_beside
-from mimscale.transfer.recipe import load_finetune_recipe, task_class
+from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.start import open_run
+from mimscale.transfer.task import task_class
 from mimscale.transfer.trained import FinetunedRun, Standing
 
 

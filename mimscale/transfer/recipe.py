@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -24,9 +24,6 @@ from mimscale.training.recipe import (
     load_recipe,
     read_yaml,
 )
-
-if TYPE_CHECKING:
-    from mimscale.transfer.task import TransferTask
 
 # task -> (module, class); imported only when it is the one that is asked for.
 TASKS = {
@@ -62,17 +59,21 @@ class Finetune(Section):
 
 
 class FinetuneRecipe(RunRecipe):
-    """What the recipes of all fine-tuning tasks hold; each adds a ``data`` section and what else it needs."""
+    """What the recipes of all fine-tuning tasks hold; each adds a ``data`` section and what else it needs.
+
+    ``pad_windows``: the task's images may have any size, so SwinV2 pads maps that the window does not divide.
+    """
 
     free_keys = FREE_KEYS
+    pad_windows: ClassVar[bool] = False
 
     task: str
     model: TransferModel
     finetune: Finetune = Finetune()
 
 
-def task_class(name: object) -> type[TransferTask]:
-    """The task of that name.
+def find_task(name: object) -> Any:
+    """The class of the task of that name (see :func:`mimscale.transfer.task.task_class`).
 
     Raises:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
@@ -93,6 +94,11 @@ def task_class(name: object) -> type[TransferTask]:
         ) from None
 
 
+def schema_of(name: object) -> type[FinetuneRecipe]:
+    """The kind of recipe of the task of that name; raises as :func:`find_task` does."""
+    return find_task(name).schema
+
+
 def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
     """The kind of recipe that a file holds.
 
@@ -105,7 +111,7 @@ def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
             values: dict = {}
             apply_override(values, override, FinetuneRecipe)
             name = values["task"]
-    return task_class(name).schema
+    return schema_of(name)
 
 
 def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:

@@ -26,7 +26,7 @@ from mimscale.models.vit import VisionTransformer
 from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newest
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import RecipeError, resolve
-from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, task_class
+from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, schema_of
 
 HEADS = ("head.", "fc_norm.")
 
@@ -64,6 +64,11 @@ def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, 
         return create_encoder(model.name, drop_path=model.drop_path, num_classes=num_classes, **settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None
+
+
+def task_encoder(recipe: Any, num_classes: int = 0) -> Any:
+    """The encoder that a recipe's task trains, at the size of its training images; see :func:`make_encoder`."""
+    return make_encoder(recipe, recipe.data.image_size, num_classes, recipe.pad_windows)
 
 
 def _pretrained_windows(model: TransferModel) -> int | tuple[int, ...]:
@@ -200,5 +205,4 @@ def _encoder_of(checkpoint: Checkpoint) -> Any:
     with torch.device("meta"):
         if "mim" in values:
             return build_objective(resolve(values, where)).model.encoder
-        kind = task_class(values.get("task"))
-        return kind.bare_encoder(resolve(values, where, kind.schema))
+        return task_encoder(resolve(values, where, schema_of(values.get("task"))))

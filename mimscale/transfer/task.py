@@ -4,7 +4,6 @@ A task is a subclass with
 
 - ``schema``: its kind of recipe, a subclass of ``FinetuneRecipe``; ``metric``: the validation figure that counts, of which
   ``validate`` gives ``val_METRIC``, larger being better;
-- ``image_size_of(recipe)`` where that is not ``recipe.data.image_size``; ``pad_windows`` where images may have any size;
 - ``build()``: a module whose ``encoder`` comes from ``self.encoder(num_classes)``; all other modules are new;
 - ``module_of(recipe, data)``: the same module without the data, to be filled with a checkpoint's weights, and
   ``say(recipe, data, module, image)``: what it makes of one image, for ``mimscale predict``;
@@ -32,8 +31,8 @@ from mimscale.training.loop import run
 from mimscale.training.memory import kept_bytes, largest_micro_batch
 from mimscale.training.task import Task
 from mimscale.transfer.layer_decay import layer_decay_groups
-from mimscale.transfer.recipe import FinetuneRecipe, task_class
-from mimscale.transfer.start import encoder_weights, make_encoder
+from mimscale.transfer.recipe import FinetuneRecipe, find_task
+from mimscale.transfer.start import encoder_weights, task_encoder
 
 
 class TransferTask(Task):
@@ -41,30 +40,15 @@ class TransferTask(Task):
 
     schema: ClassVar[type[FinetuneRecipe]]
     metric: ClassVar[str]
-    pad_windows: ClassVar[bool] = False
 
     recipe: FinetuneRecipe
 
     def __init__(self, recipe: FinetuneRecipe):
         self.recipe = recipe
 
-    @classmethod
-    def image_size_of(cls, recipe: Any) -> int:
-        """Side of the training images, pixels."""
-        return recipe.data.image_size
-
-    @classmethod
-    def bare_encoder(cls, recipe: FinetuneRecipe, num_classes: int = 0) -> Any:
-        """The encoder of a recipe of this task.
-
-        Raises:
-            RecipeError: the sizes do not fit together.
-        """
-        return make_encoder(recipe, cls.image_size_of(recipe), num_classes, cls.pad_windows)
-
     def encoder(self, num_classes: int = 0) -> Any:
         """The recipe's encoder, with a classifier of ``num_classes`` outputs where that is not 0."""
-        return self.bare_encoder(self.recipe, num_classes)
+        return task_encoder(self.recipe, num_classes)
 
     @classmethod
     @abstractmethod
@@ -125,6 +109,15 @@ class TransferTask(Task):
             "from": self.recipe.finetune.source,
             "validation": last,
         }
+
+
+def task_class(name: object) -> type[TransferTask]:
+    """The task of that name.
+
+    Raises:
+        RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
+    """
+    return find_task(name)
 
 
 def finetune(recipe: FinetuneRecipe, ds_config: dict[str, Any], output: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newes
 from mimscale.training.engine import Ranks, saved_buffers
 from mimscale.training.objective import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, read_yaml, resolve
-from mimscale.transfer.recipe import FinetuneRecipe, load_finetune_recipe, task_class
-from mimscale.transfer.start import make_encoder, open_run
-from mimscale.transfer.task import TransferTask
+from mimscale.transfer.recipe import FinetuneRecipe, load_finetune_recipe
+from mimscale.transfer.start import open_run, task_encoder
+from mimscale.transfer.task import TransferTask, task_class
 
 
 class Standing:
@@ -117,8 +117,6 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
         else:
             run = FinetunedRun.open(source)
             recipe, encoder = run.recipe, run.module().encoder
-            size = run.kind.image_size_of(recipe)
-            return _frozen(encoder, size, recipe, f"{checkpoint.path.resolve()} {checkpoint.manifest['files']}")
         return _frozen(
             encoder, recipe.data.image_size, recipe, f"{checkpoint.path.resolve()} {checkpoint.manifest['files']}"
         )
@@ -133,7 +131,7 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
         return FrozenEncoder(encoder, encoder.img_size[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), name)
     if "task" in read_yaml(recipe_file):
         recipe = load_finetune_recipe(recipe_file)
-        encoder = make_encoder(recipe, recipe.data.image_size)
+        encoder = task_encoder(recipe)
     else:
         recipe = load_recipe(recipe_file, (), Recipe)
         encoder = build_objective(recipe).model.encoder
