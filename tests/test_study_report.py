@@ -91,7 +91,7 @@ def own(tmp_path_factory) -> tuple[Path, list[Result]]:
     ]
     index = next(i for i, r in enumerate(results) if r.model == "swinv2_h" and r.iterations == 4000 and r.seed == 1)
     results[index] = dataclasses.replace(results[index], status="failed", val_loss=None, note="no space left on device")
-    return write_report(results, folder / "report", "A study").parent, results
+    return write_report(results, folder / "report", "A study", output=folder).parent, results
 
 
 def test_published_runs_give_table_3s_imagenet_row(of_published):
@@ -149,6 +149,15 @@ def test_every_link_leads_somewhere_and_ids_are_unique(own):
             target = (own[0] / link).resolve()
             assert target.exists() or str(target) in runs
     assert all(low <= high + 1 for high, low in zip(page.levels, page.levels[1:], strict=False))
+
+
+def test_a_report_written_elsewhere_links_only_to_its_own_files_and_names_run_folders_from_the_output(own, tmp_path):
+    page = Reader(write_report(own[1], tmp_path, "Handed on", output=own[0].parent))
+    assert [link for link in page.links if not link.startswith("#") and not (tmp_path / link).exists()] == []
+    assert "Folders are those in the study's output" in page.words
+    named = {row["Run"]: row["Folder"] for row in rows(tmp_path / "runs.csv")}
+    assert named == {result.cell: str(Path(result.run).relative_to(own[0].parent)) for result in own[1]}
+    assert "Folders are those in the study's output" not in Reader(own[0] / "report.html").words
 
 
 def test_every_number_is_traced_to_its_run_folder(own):

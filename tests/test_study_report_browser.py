@@ -69,7 +69,9 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     own = list(study_results.grid(run=str(folder / "runs")))
     own[0] = dataclasses.replace(own[0], note="a note of " + "many words " * 30, status="failed", val_loss=None)
     results = [*published(), *own]
-    browser = Browser(write_report(results, folder / "report", "Two studies in one report, under quite a long title"))
+    browser = Browser(
+        write_report(results, folder / "report", "Two studies in one report, under quite a long title", output=folder)
+    )
     yield browser
     browser.driver.quit()
 

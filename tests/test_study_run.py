@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from image_folder import ImageFolder
+from PIL import Image, ImageOps
 from training_runs import ENVIRONMENT, ROOT, losses, records
 
+from mimscale.data import writer
 from mimscale.study.collect import collect
 from mimscale.study.graph import build_graph
 from mimscale.study.grid import load_study
@@ -212,6 +215,37 @@ def test_an_interrupt_saves_what_was_done_and_says_so(solar_shards, tmp_path):
     assert 0 < saved < 4000
     results = collect(*_graph(*words, f"pretrain=[{grid}]"))
     assert [result.status for result in results] == ["running"]
+
+
+def test_a_training_whose_curve_turns_is_ended_and_nothing_is_started_behind_it(solar_folders, tmp_path, capsys):
+    """Validated on negatives of photographs, it gets worse by learning what photographs look like."""
+    for path in (solar_folders / "val").glob("*/*.png"):
+        negative = tmp_path / "negatives" / path.relative_to(solar_folders / "val")
+        negative.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.invert(Image.open(path).convert("L")).save(negative)
+    shards = tmp_path / "shards"
+    writer.build(ImageFolder(solar_folders / "train"), shards, val=ImageFolder(tmp_path / "negatives"))
+    grid = "{models: [swinv2_8], datasets: [cells_100], lengths: [4000, 8000], overrides: {train.global_batch: 8, "
+    grid += "train.validate_every: 10, data.validation_images: 8, schedule.warmup: 2}}"
+    out = tmp_path / "study"
+    words = (SMOKE, f"shards.photographs={shards}", f"output={out}", "finetune.cells.of.lengths=[4000]")
+    done = study("run", *words, f"pretrain=[{grid}]", "stop_doomed=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["swinv2_8-cells_100-4000", "swinv2_8-cells_100-8000", "swinv2_8-cells_100-4000-cells"]
+    assert re.search(
+        f"{names[0]}, {names[1]}: will overfit: validation loss rose from .* while training loss fell; ", done.stdout
+    )
+    assert done.stdout.rstrip().splitlines()[-1].startswith("0 of 3 jobs done; 3 stopped in")
+    share = float(re.search(r"3 jobs are stopped, which saves ([\d.]+)% of the study's compute", done.stdout)[1])
+    assert [path.name for path in (out / "runs").iterdir()] == names[:1]
+    (saved,) = (int(path.name.removeprefix("step_")) for path in (out / "runs" / names[0] / "checkpoints").iterdir())
+    results = {result.cell: result for result in collect(*_graph(*words, f"pretrain=[{grid}]"))}
+    assert [results[name].status for name in names] == ["stopped"] * 3
+    assert all("validation loss rose" in results[name].note for name in names)
+    # What is left of 8,000 steps but for the fine-tuning, which is hundreds of times cheaper
+    assert 0 < saved < 1000 and share == pytest.approx(100 * (1 - saved / 7500), abs=2)
+    assert main(["run", *words, f"pretrain=[{grid}]", "stop_doomed=true"]) == 0
+    assert capsys.readouterr().out.startswith("0 of 3 jobs done; 3 stopped in")
 
 
 def _graph(path: str, *overrides: str):

@@ -52,8 +52,8 @@ def _report(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> 
     from mimscale.study.collect import collect
     from mimscale.study.report import write_report
 
-    results = collect(study, jobs)
-    page = write_report(results, options.out or Path(study.output) / "report", study.name)
+    results, output = collect(study, jobs), Path(study.output)
+    page = write_report(results, options.out or output / "report", study.name, output=output)
     done = sum(result.status == "done" for result in results)
     print(f"{page}: {done} of {len(results)} results are there")
     return 0

@@ -18,7 +18,9 @@ from mimscale.study.results import Result
 PAGE = "report.html"
 
 
-def write_report(results: Sequence[Result], out: Path, title: str, published: bool = True) -> Path:
+def write_report(
+    results: Sequence[Result], out: Path, title: str, published: bool = True, output: Path | None = None
+) -> Path:
     """Write ``report.html`` with its PNGs and CSVs.
 
     The page needs neither network nor script. Each file is written beside its place and renamed, the page last.
@@ -28,6 +30,7 @@ def write_report(results: Sequence[Result], out: Path, title: str, published: bo
         out: folder, made where it is not there.
         title: of the page.
         published: set the paper's numbers and the 63 published runs beside the study's own.
+        output: the study's. Run folders are linked where ``out`` lies in it, and named from there where it does not.
 
     Returns:
         The page's path.
@@ -49,7 +52,7 @@ def write_report(results: Sequence[Result], out: Path, title: str, published: bo
             tables.needs(study),
             tables.efficiency(study),
             tables.all_cells(study),
-            tables.all_runs(study, out),
+            tables.all_runs(study, out, output),
         )
     }
     html = page(title, _lead(study), _sections(study, pictures, printed))

@@ -311,9 +311,11 @@ def all_cells(study: Analysis) -> Table:
     return Table("cells", "Every cell of the study", columns, rows, note)
 
 
-def all_runs(study: Analysis, out: Path) -> Table:
-    """Every run, and the folder that its numbers came from."""
+def all_runs(study: Analysis, out: Path, output: Path | None) -> Table:
+    """Every run, and the folder that its numbers came from; see :func:`mimscale.study.report.write_report`."""
     released = published()
+    # A report that lies elsewhere is handed on without the run folders, so that links to them would lead nowhere.
+    beside = output is not None and out.resolve().is_relative_to(output.resolve())
     rows: list[list[Value]] = []
     for run in study.results:
         start = f" from {run.start}" if run.start else ""
@@ -321,8 +323,9 @@ def all_runs(study: Analysis, out: Path) -> Table:
         scores = ", ".join(f"{name} {value:.2f}" for name, value in run.scores.items())
         folder: Value = "released by the authors" if run in released else None
         if run.run is not None:
-            where = os.path.relpath(Path(run.run).resolve(), out.resolve())
-            folder = Entry(where, href=where)
+            base = out if beside or output is None else output
+            where = os.path.relpath(Path(run.run).resolve(), base.resolve())
+            folder = Entry(where, href=where if beside else None)
         rows.append(
             [
                 run.cell,
@@ -350,7 +353,10 @@ def all_runs(study: Analysis, out: Path) -> Table:
         "Recipe",
         "Note",
     )
-    return Table("runs", "Where every number comes from", columns, rows)
+    note = (
+        "" if beside or output is None else "Folders are those in the study's output, from which this report was taken."
+    )
+    return Table("runs", "Where every number comes from", columns, rows, note)
 
 
 def _losses(run: Result) -> list[Value]:
