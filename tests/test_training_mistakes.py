@@ -103,6 +103,9 @@ def test_missing_shards_are_one_clear_message(tmp_path):
         ({"train_micro_batch_size_per_gpu": 3}, ("train_micro_batch_size_per_gpu=3", "train.global_batch=8")),
         ({"fp16": {"enabled": True}}, ("fp16.enabled", "bf16.enabled")),
         ({"zero_optimization": {"stage": 4}}, ("zero_optimization.stage", "4")),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, ("mics_shard_size", "zero_hpz_partition_size")),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}, ("zero_hpz_partition_size=8", "stage 2")),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "8"}}, ("zero_hpz_partition_size", "'8'")),
     ],
 )
 def test_a_contradiction_names_both_keys(tmp_path, shards, config, both):

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import groups as process_groups
 
 from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
@@ -471,6 +472,9 @@ class Engine:
         """Release DeepSpeed's hooks and buffers."""
         with contextlib.suppress(Exception):
             self.engine.destroy()
+        if (group := process_groups._get_zero_param_intra_parallel_group()) is not None:
+            # ZeRO++'s second partition; the next engine of this process could not make its own.
+            deepspeed.comm.destroy_process_group(group)
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:

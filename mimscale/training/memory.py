@@ -39,6 +39,18 @@ def parameter_sizes(recipe: Recipe) -> list[int]:
         return [p.numel() for p in build_objective(recipe).parameters()]
 
 
+def encoder_blocks(recipe: Recipe) -> list[range]:
+    """The blocks that activation checkpointing runs again, each as the range of its parameters in `parameter_sizes`."""
+    with torch.device("meta"):
+        module = build_objective(recipe)
+    encoder: Any = module.encoder
+    encoder.set_grad_checkpointing(True)
+    place = {parameter: index for index, parameter in enumerate(module.parameters())}
+    blocks = [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+    own = [[place[parameter] for parameter in block.parameters()] for block in blocks]
+    return [range(min(places), max(places) + 1) for places in own]
+
+
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
     """Bytes that the forward pass keeps for the backward pass, per image, counted on the meta device."""
 
@@ -138,6 +150,8 @@ def plan_rank(sizes: list[int], activations: int, config: dict[str, Any], world_
     if stage == 3:
         small = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", 100_000))
         weights = share * unit + small * unit * (1 - 1 / world_size)
+        if (group := zero.get("zero_hpz_partition_size", 1)) > 1:
+            weights += count * unit / group  # ZeRO++'s second partition
         live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
         gathered = min(count - small, live) * unit
         # A full bucket is laid out by rank, summed in a copy of that, and this rank's part taken out.

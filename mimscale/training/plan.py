@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,14 @@ def ds_config(stage: int, offload: tuple[str, ...], checkpointing: bool) -> dict
     if stage:
         zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
     if stage == 3:
+        # Weights that stay from the forward to the backward pass save half of the gathers; where they are offloaded, memory
+        # is what counts.
+        live = 300_000_000 if "param" in offload else 2_000_000_000
         zero |= {
             "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 300_000_000,
-            "stage3_max_reuse_distance": 300_000_000,
+            "stage3_param_persistence_threshold": 100_000 if "param" in offload else 0,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
         }
     zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in offload}
     config: dict[str, Any] = {
@@ -91,7 +95,9 @@ class Load:
         return cls(recipe, parameter_sizes(recipe), activation_bytes(recipe, bf16=True), gpus, gpu_bytes * GPU_SHARE)
 
 
-def plan_way(load: Load, stage: int, offload: tuple[str, ...], micro: int | None = None) -> Way:
+def plan_way(
+    load: Load, stage: int, offload: tuple[str, ...], micro: int | None = None, changes: Mapping[str, int] | None = None
+) -> Way:
     """Plan one ZeRO stage.
 
     Args:
@@ -99,12 +105,14 @@ def plan_way(load: Load, stage: int, offload: tuple[str, ...], micro: int | None
         stage: ZeRO stage.
         offload: of "optimizer" and "param".
         micro: a fixed micro-batch, or ``None`` for the largest that fits.
+        changes: to the configuration's ``zero_optimization``.
 
     Raises:
         DeepSpeedConfigError: the batch does not divide over the GPUs, or the micro-batch does not divide a GPU's share.
     """
     recipe, gpus = load.recipe, load.gpus
     config = ds_config(stage, offload, recipe.train.activation_checkpointing is True)
+    config["zero_optimization"] |= changes or {}
     # Stage 0 in bf16 is computed at stage 1, so that is what has to fit.
     computed = config if stage else ds_config(1, offload, checkpointing=False)
     bound = micro_batch_that_fits(load.sizes, load.activations, computed, gpus, load.budget)

@@ -10,18 +10,18 @@ from typing import Any
 from mimscale.models.factory import encoder_names
 from mimscale.training.communication import Network, predict, step_time
 from mimscale.training.ds_config import DeepSpeedConfigError
+from mimscale.training.memory import encoder_blocks
 from mimscale.training.metrics import GPU_PEAKS, flops_per_image
 from mimscale.training.plan import GB, Load, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, resolve
 
-# What a way is called: (ZeRO stage, changes to its configuration, whether the backward pass gathers inside nodes only).
-NONE_WHOLE = {"stage3_param_persistence_threshold": 0}
-WAYS: dict[str, tuple[int, dict[str, int], bool]] = {
-    "1": (1, {}, False),
-    "2": (2, {}, False),
-    "3": (3, {}, False),
-    "3, threshold 0": (3, NONE_WHOLE, False),
-    "3, hpz": (3, NONE_WHOLE, True),
+# What a way is called: (ZeRO stage, changes to its configuration).
+WAYS: dict[str, tuple[int, dict[str, int]]] = {
+    "1": (1, {}),
+    "2": (2, {}),
+    "3": (3, {}),
+    "3, small whole": (3, {"stage3_param_persistence_threshold": 100_000}),
+    "3, hpZ": (3, {"zero_hpz_partition_size": 8}),
 }
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 # Nodes of 8 GPUs with NVLink, and what joins them: 8 adapters of 400 Gbit/s; one of 100 Gbit/s. Four fifths are reached.
@@ -29,9 +29,16 @@ NETWORKS = {"8x400": Network(8, 0.8 * 450e9, 0.8 * 400e9), "1x100": Network(8, 0
 
 
 def rows(
-    model: str, network: Network, gpus: tuple[int, ...], batch: int, peak: float, mfu: float, gpu_bytes: float
+    model: str,
+    network: Network,
+    gpus: tuple[int, ...],
+    batch: int,
+    peak: float,
+    mfu: float,
+    gpu_bytes: float,
+    accumulate: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each number of GPUs and each of WAYS.
+    """One row for each number of GPUs and each of WAYS; ``accumulate`` micro-batches, or as few as fit.
 
     Raises:
         RecipeError, DeepSpeedConfigError: no such model, or the batch does not divide over the GPUs.
@@ -46,22 +53,19 @@ def rows(
     recipe = resolve(values, "--model", Recipe)
     flops = flops_per_image(recipe)
     counted = Load.of(recipe, gpus[0], gpu_bytes)
+    blocks = encoder_blocks(recipe) if checkpointing else []
     found = []
     for count in gpus:
         load = replace(counted, gpus=count)
         compute = flops * (4 / 3 if checkpointing else 1) * batch / (count * peak * mfu)
-        for name, (stage, changes, hpz) in WAYS.items():
-            if hpz and count <= network.gpus_per_node:
+        for name, (stage, changes) in WAYS.items():
+            if changes.get("zero_hpz_partition_size", 0) >= count:
                 continue
-            way = plan_way(load, stage, ())
-            config = way.config | {
-                "gradient_accumulation_steps": batch // count // way.micro,
-                "bf16": {"enabled": True},
-                "zero_optimization": way.config["zero_optimization"] | changes,
-            }
-            traffic = predict(load.sizes, config, count, recomputed=float(checkpointing))
-            within = traffic.gathered_again if hpz else 0.0
-            took = step_time(traffic, stage, network, compute, within)
+            micro = max(1, batch // count // accumulate) if accumulate else None
+            way = plan_way(load, stage, (), micro, changes)
+            config = way.config | {"gradient_accumulation_steps": batch // count // way.micro}
+            traffic = predict(load.sizes, config, count, blocks)
+            took = step_time(traffic, network, compute)
             found.append(
                 {
                     "gpus": count,
@@ -95,11 +99,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that computing reaches (0.4)")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="8x400", help="adapters of a node, Gbit/s each")
     parser.add_argument("--batch", type=int, default=2048, help="global")
+    parser.add_argument(
+        "--micro-batches", type=int, metavar="N", help="that make up a GPU's share; by default few, as fit"
+    )
     asked = parser.parse_args(argv)
     network, peak = NETWORKS[asked.network], GPU_PEAKS[asked.gpu][0] * 1e12
     for model in asked.model:
         try:
-            found = rows(model, network, tuple(asked.gpus), asked.batch, peak, asked.mfu, asked.gpu_memory * GB)
+            scale = tuple(asked.gpus), asked.batch, peak, asked.mfu, asked.gpu_memory * GB, asked.micro_batches
+            found = rows(model, network, *scale)
         except (RecipeError, DeepSpeedConfigError) as error:
             print(f"mimscale: error: {error}", file=sys.stderr)
             return 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from mimscale.training.communication import KINDS, Traffic, predict
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
-from mimscale.training.memory import parameter_sizes
+from mimscale.training.memory import encoder_blocks, parameter_sizes
 from mimscale.training.objective import build_objective
 from mimscale.training.param_groups import decay_groups
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
@@ -36,12 +37,15 @@ _PARTS = (("allgather", "all_gather"), ("reduce_scatter", "reduce_scatter"), ("r
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Bytes by kind of collective while the ``with`` block lasts: of the whole tensor that is gathered or reduced."""
+    """Bytes by collective while the ``with`` block lasts: of the whole tensor that is gathered or reduced.
+
+    ``bytes`` and ``calls`` are kept by kind of collective and number of ranks that take part.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[tuple[str, int]] = Counter()
+        self.calls: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "c10d":
@@ -49,8 +53,10 @@ class CollectiveCounter(TorchDispatchMode):
             kind = next((kind for part, kind in _PARTS if part in name), name)
             # Of a gather the output is the whole, of a scattering reduction the input.
             size = max(_bytes(argument) for argument in args[:2])
-            self.bytes[kind] += size
-            self.calls[kind] += 1
+            group = args[[argument.name for argument in func._schema.arguments].index("process_group")]
+            key = kind, dist.ProcessGroup.unbox(group).size()
+            self.bytes[key] += size
+            self.calls[key] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -73,14 +79,24 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
         for _ in range(STEPS):
             engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
     engine.close()
-    counted = {kind: number / STEPS for kind, number in counter.bytes.items()}
-    other = {kind: number for kind, number in counted.items() if kind not in KINDS}
-    calls = {kind: counter.calls[kind] // STEPS for kind in KINDS}
-    reductions, gathers = calls["all_reduce"] + calls["reduce_scatter"], calls["all_gather"]
-    volumes = {kind: counted.get(kind, 0.0) for kind in KINDS}
-    measured = Traffic(ranks.world_size, **volumes, reductions=reductions, gathers=gathers)
-    predicted = predict(parameter_sizes(recipe), config, ranks.world_size)
-    return {"measured": asdict(measured), "predicted": asdict(predicted), "other": other, "zero": engine.stage}
+    # ZeRO++'s second partition gathers in groups, and nothing else does.
+    group = min(size for _, size in counter.calls)
+    inside = ("all_gather", group) if group < ranks.world_size else None
+    volumes = {kind: counter.bytes[kind, ranks.world_size] / STEPS for kind in KINDS}
+    calls = {kind: counter.calls[kind, ranks.world_size] // STEPS for kind in KINDS}
+    measured = Traffic(
+        ranks.world_size,
+        **volumes,
+        gathered_within=counter.bytes[inside] / STEPS if inside else 0.0,
+        group=group if inside else 1,
+        reductions=calls["all_reduce"] + calls["reduce_scatter"],
+        gathers=calls["all_gather"],
+        gathers_within=counter.calls[inside] // STEPS if inside else 0,
+    )
+    again = recipe.train.activation_checkpointing or "activation_checkpointing" in config
+    blocks = encoder_blocks(recipe) if again else []
+    predicted = predict(parameter_sizes(recipe), config, ranks.world_size, blocks)
+    return {"measured": asdict(measured), "predicted": asdict(predicted)}
 
 
 def _worker(argv: list[str]) -> None:
@@ -118,38 +134,53 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys")
     asked = parser.parse_intermixed_args(argv)
-    print("MB a step; sent: by each rank, in rings")
-    print(f"{'ranks':>5}{'stage':>14}{'micro-batches':>15}{'all-reduced':>13}{'scattered':>11}{'gathered':>10}"
-          f"{'sent':>9}{'predicted':>11}{'off by':>9}")  # fmt: skip
+    print("MB a step; within: gathered by half of the ranks among themselves; sent: by each rank, in rings")
+    print(f"{'ranks':>5}{'stage':>26}{'micro-batches':>15}{'all-reduced':>13}{'scattered':>11}{'gathered':>10}{'within':>8}"
+          f"{'sent':>8}{'predicted':>11}{'off by':>8}")  # fmt: skip
     for ranks in asked.ranks:
-        # Stage 3 as it comes, which keeps a small model whole from the forward to the backward pass, and keeping nothing.
-        nothing_kept = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-        names: list[tuple[int, str, dict[str, int]]] = [(stage, str(stage), {}) for stage in asked.zero]
-        names += [(3, "3, none kept", nothing_kept)] if 3 in asked.zero else []
-        ways = [(*way, accumulate) for way in names for accumulate in asked.accumulate]
+        ways = [(*way, accumulate) for way in _ways(asked.zero, ranks) for accumulate in asked.accumulate]
         cells = [
             {
                 "recipe": str(asked.recipe),
-                "overrides": [f"train.global_batch={2 * ranks * accumulate}", *asked.overrides],
+                "overrides": [f"train.global_batch={2 * ranks * accumulate}", *more, *asked.overrides],
                 "config": {
                     "train_micro_batch_size_per_gpu": 2,
-                    "zero_optimization": {"stage": stage, **more},
+                    "zero_optimization": zero,
                     "bf16": {"enabled": asked.bf16},
                 },
             }
-            for stage, _, more, accumulate in ways
+            for _, zero, more, accumulate in ways
         ]
         try:
             found = measure(cells, ranks)
         except RecipeError as error:
             print(f"mimscale: error: {error}", file=sys.stderr)
             return 1
-        for (_, stage, _, accumulate), (measured, predicted) in zip(ways, found, strict=True):
-            volumes = measured.all_reduce, measured.reduce_scatter, measured.all_gather, measured.sent, predicted.sent
-            a, s, g, sent, said = (volume / 1e6 for volume in volumes)
-            print(f"{ranks:>5}{stage:>14}{accumulate:>15}{a:>13.2f}{s:>11.2f}{g:>10.2f}{sent:>9.2f}{said:>11.2f}"
-                  f"{said / sent - 1:>9.1%}")  # fmt: skip
+        for (name, *_, accumulate), (measured, predicted) in zip(ways, found, strict=True):
+            volumes = measured.all_reduce, measured.reduce_scatter, measured.all_gather, measured.gathered_within
+            a, s, g, w, sent, said = (volume / 1e6 for volume in (*volumes, measured.sent, predicted.sent))
+            print(f"{ranks:>5}{name:>26}{accumulate:>15}{a:>13.2f}{s:>11.2f}{g:>10.2f}{w:>8.2f}{sent:>8.2f}{said:>11.2f}"
+                  f"{said / sent - 1:>8.1%}")  # fmt: skip
     return 0
+
+
+def _ways(stages: list[int], ranks: int) -> list[tuple[str, dict[str, int], list[str]]]:
+    """What is counted: name, ``zero_optimization`` and recipe keys."""
+    found: list[tuple[str, dict[str, int], list[str]]] = [(str(stage), {"stage": stage}, []) for stage in stages]
+    if 3 not in stages:
+        return found
+    # As it comes, stage 3 keeps a small model whole from the forward to the backward pass.
+    none_kept = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    some_kept = {"stage": 3, "stage3_max_live_parameters": 700_000, "stage3_prefetch_bucket_size": 100_000}
+    recomputed = ["train.activation_checkpointing=true"]
+    found += [
+        ("3, none kept", none_kept, []),
+        ("3, none kept, recomputed", none_kept, recomputed),
+        ("3, some kept, recomputed", some_kept | {"stage3_max_reuse_distance": 700_000}, recomputed),
+    ]
+    if ranks > 2:
+        found.append(("3, none kept, hpZ", none_kept | {"zero_hpz_partition_size": ranks // 2}, []))
+    return found
 
 
 if __name__ == "__main__":
