@@ -51,10 +51,29 @@ def arguments(program: str, purpose: str, argv: list[str] | None = None) -> argp
     parser.add_argument(
         "--check", action="store_true", help="look at the recipe and the configuration, and train nothing"
     )
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --check: how many there will be")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as train.iterations=1000")
     return parser.parse_intermixed_args(argv)
+
+
+def check(recipe: RunRecipe, ds_config: dict[str, Any], ranks: int | None) -> None:
+    """What can be said of a run before its machine is there.
+
+    Raises:
+        RecipeError: the recipe does not say where the data is.
+        DeepSpeedConfigError: recipe and configuration contradict each other, or the batch does not divide over ``ranks``.
+    """
+    from mimscale.training.ds_config import reconcile, split_batch
+    from mimscale.training.recipe import RecipeError
+
+    data = recipe.data  # type: ignore[attr-defined]
+    for key in ("shards", "images", "annotations"):
+        if key in type(data).model_fields and getattr(data, key) is None:
+            raise RecipeError(f"data.{key} is not set: add data.{key}=PATH")
+    if ranks is not None:
+        reconcile(ds_config, recipe, split_batch(ds_config, recipe.train.global_batch, ranks, None), on_gpu=True)
 
 
 def launch(
@@ -78,6 +97,8 @@ def launch(
         recipe = load_recipe(args.recipe, args.overrides, schema())
         ds_config = read_ds_config(args.deepspeed_config)
         zero_stage(ds_config)
+        if args.check:
+            check(recipe, ds_config, args.ranks)
     except (RecipeError, DeepSpeedConfigError) as error:
         fail(error, everywhere=True)
     if args.check:

@@ -88,6 +88,13 @@ def write_script(job: SlurmJob) -> str:
     return "\n".join(lines) + "\n" + body[body.index(MARK) :]
 
 
+def submission(script: Path, after: Sequence[str] = ()) -> list[str]:
+    """The command that queues a submission file, behind the jobs ``after``."""
+    # A chain whose first link has failed would otherwise wait for ever.
+    behind = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    return ["sbatch", *behind, str(script)]
+
+
 def submit(script: Path, after: Sequence[str] = ()) -> str:
     """Queue a submission file.
 
@@ -101,15 +108,13 @@ def submit(script: Path, after: Sequence[str] = ()) -> str:
     Raises:
         SlurmError: there is no Slurm here, or it refuses the job.
     """
+    command = submission(script, after)
     if shutil.which("sbatch") is None:
         raise SlurmError(
-            f"there is no sbatch here: submit {script} where Slurm's commands are, or train with deepspeed or torchrun"
+            f"there is no sbatch here: run '{shlex.join(command)}' where Slurm's commands are, or train with deepspeed or "
+            f"torchrun"
         )
-    command = ["sbatch", "--parsable"]
-    if after:
-        # A chain whose first link has failed would otherwise wait for ever.
-        command += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True)
+    done = subprocess.run([command[0], "--parsable", *command[1:]], capture_output=True, text=True)
     if done.returncode:
         raise SlurmError(f"Slurm refuses {script}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip().partition(";")[0]  # the cluster's name may stand behind it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mimscale.training.recipe import RecipeError, read_yaml
 from mimscale.training.run_folder import write_beside
-from mimscale.training.slurm import LAUNCHERS, SlurmError, SlurmJob, submit, write_script
+from mimscale.training.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
 
 SCRIPT = "submit.sbatch"
 
@@ -21,8 +21,9 @@ def check_arguments(job: SlurmJob) -> None:
     Raises:
         SlurmError: with what the launcher says.
     """
-    command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", "--deepspeed_config", str(job.config)]
-    command += ["--recipe", str(job.recipe), "--output", str(job.output), *job.overrides]
+    command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", f"--ranks={job.ranks}"]
+    command += ["--deepspeed_config", str(job.config), "--recipe", str(job.recipe), "--output", str(job.output)]
+    command += job.overrides
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SlurmError(done.stderr.strip().replace("mimscale: error: ", ""))
@@ -40,13 +41,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="(zero2)",
     )
-    parser.add_argument("--nodes", type=_at_least_one, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="one rank each (8); 0 trains on CPUs")
-    parser.add_argument("--tasks-per-node", type=_at_least_one, help="ranks on each node where there are no GPUs (1)")
-    parser.add_argument("--cpus-per-task", type=_at_least_one, help="cores of each rank; by default the site's")
-    parser.add_argument("--time", default="24:00:00", help="limit of one start; the job is requeued until it is done")
-    parser.add_argument("--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before (180)")
-    parser.add_argument("--after", nargs="+", default=[], metavar="JOB", help="start when these jobs have ended well")
+    parser.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="(1)")
+    parser.add_argument(
+        "--gpus-per-node", type=_at_least_none, default=8, metavar="N", help="one rank each (8); 0 trains on CPUs"
+    )
+    parser.add_argument(
+        "--tasks-per-node", type=_at_least_one, metavar="N", help="ranks on each node where there are no GPUs (1)"
+    )
+    parser.add_argument(
+        "--cpus-per-task", type=_at_least_one, metavar="N", help="cores of each rank; by default the site's"
+    )
+    parser.add_argument("--time", default="24:00:00", help="limit of one start (24:00:00); requeued until it is done")
+    parser.add_argument(
+        "--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before that (180)"
+    )
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="start when this job has ended well; may be repeated",
+    )
     parser.add_argument("--name", help="of the job (RECIPE's name)")
     parser.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="more of sbatch's, in quotes: '--account=a --partition=p'"
@@ -55,16 +70,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number(text: str, least: int) -> int:
+    if not text.lstrip("-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+    return int(text)
+
+
 def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    return _number(text, 1)
+
+
+def _at_least_none(text: str) -> int:
+    return _number(text, 0)
+
+
+def _options(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise SlurmError(f"--sbatch {text}: {str(error).lower()}") from None
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
-    asked = _parser().parse_intermixed_args(argv)
+    # argparse would take a value such as --account=a for an option of its own.
+    for place in [place for place, word in enumerate(argv[:-1]) if word == "--sbatch"]:
+        argv = [*argv[:place], f"--sbatch={argv[place + 1]}", "", *argv[place + 2 :]]
+    asked = _parser().parse_intermixed_args([word for word in argv if word])
     try:
         job = SlurmJob(
             recipe=asked.recipe,
@@ -79,7 +111,7 @@ def main(argv: list[str]) -> int:
             cpus_per_task=asked.cpus_per_task,
             time=asked.time,
             signal_seconds=asked.signal,
-            options=tuple(shlex.split(asked.sbatch)),
+            options=_options(asked.sbatch),
         )
         text = write_script(job)
         check_arguments(job)
@@ -87,7 +119,7 @@ def main(argv: list[str]) -> int:
         write_beside(script, text)
         print(text)
         if asked.dry_run:
-            print(f"written to {script}; sbatch {script} submits it")
+            print(f"written to {script}; submit it with: {shlex.join(submission(script, asked.after))}")
             return 0
         number = submit(script, asked.after)
     except (SlurmError, RecipeError, OSError) as error:
