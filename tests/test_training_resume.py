@@ -110,11 +110,14 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
 
 
 def test_a_run_goes_on_at_another_stage_world_size_and_precision(tmp_path, base, undisturbed):
-    """One life: 1 rank at stage 2, 2 at stage 3, 4 at stage 0, 1 at stage 1; then two steps in bf16, and fp32 again."""
+    """One life: 1 rank at stage 2, 2 at 3, 4 at 0, 4 at 3 in two groups, 1 at 1; then two steps in bf16, and fp32 again."""
     run = tmp_path / "run"
     settings = [*base, "train.keep_checkpoints=9"]
-    for ranks, stage, until in ((1, 2, 4), (2, 3, 8), (4, 0, 12), (1, 1, 20)):
-        config = {"zero_optimization": {"stage": stage}}
+    kept = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+    groups = {"stage": 3, "zero_hpz_partition_size": 2, **kept}
+    life = ((1, {"stage": 2}, 4), (2, {"stage": 3}, 8), (4, {"stage": 0}, 12), (4, groups, 16), (1, {"stage": 1}, 20))
+    for ranks, zero, until in life:
+        config = {"zero_optimization": zero}
         run_ranks(ranks, [{"output": run, "config": config, "overrides": settings}])
         cut(run, until)
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mimscale.training.ds_config import REDUCE_BUCKET, zero_stage
+from mimscale.training.ds_config import REDUCE_BUCKET, second_partition, zero_stage
 
 GATHER_BUCKET = 50_000_000  # elements
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
@@ -102,7 +102,7 @@ def predict(sizes: list[int], config: dict[str, Any], ranks: int, recomputed: Se
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     small = [size for size in sizes if size <= threshold]
     events = _gathers(sizes, threshold, zero, recomputed)
-    group = zero.get("zero_hpz_partition_size", 1)
+    group = second_partition(config)
     group = 1 if group >= ranks else group  # of all ranks there is no second one
     known: set[int] = set()
     elements, calls, pieces = {False: 0, True: 0}, {False: 0, True: 0}, 0

@@ -80,6 +80,27 @@ def zero_stage(config: dict[str, Any]) -> int:
     return stage
 
 
+def second_partition(config: dict[str, Any]) -> int:
+    """Over how many ranks ZeRO-3 partitions the parameters a second time (ZeRO++'s hpZ); 1 for not at all.
+
+    Raises:
+        DeepSpeedConfigError: it is no number, or MiCS is asked for.
+    """
+    zero = config.get("zero_optimization", {})
+    for key in ("mics_shard_size", "mics_hierarchical_params_gather"):
+        if key in zero:
+            raise DeepSpeedConfigError(
+                f"zero_optimization.{key}: DeepSpeed has given up MiCS; to gather parameters inside nodes set "
+                f"zero_hpz_partition_size to the GPUs of a node, and to send fewer bytes take stage 1"
+            )
+    size = zero.get("zero_hpz_partition_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DeepSpeedConfigError(
+            f"zero_optimization.zero_hpz_partition_size must be a number of ranks, such as the GPUs of a node, not {size!r}"
+        )
+    return size
+
+
 def wants_bf16(config: dict[str, Any], on_gpu: bool) -> bool:
     """Whether to train in bf16; ``"auto"`` means on a GPU, since CPUs without bf16 units run it many times slower."""
     if config.get("fp16", {}).get("enabled") is True:
@@ -167,19 +188,9 @@ def _agree(config: dict, key: str, recipe_key: str, value: Any, shown: str | Non
         )
 
 
-def _check_second_partition(zero: dict[str, Any], stage: int, world_size: int) -> None:
+def _check_second_partition(config: dict[str, Any], stage: int, world_size: int) -> None:
     """Raise unless every ``zero_hpz_partition_size`` ranks can hold the parameters once more among themselves."""
-    for key in ("mics_shard_size", "mics_hierarchical_params_gather"):
-        if key in zero:
-            raise DeepSpeedConfigError(
-                f"zero_optimization.{key}: DeepSpeed has given up MiCS; to gather parameters inside nodes set "
-                f"zero_hpz_partition_size to the GPUs of a node, and to send fewer bytes take stage 1"
-            )
-    size = zero.get("zero_hpz_partition_size", 1)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise DeepSpeedConfigError(
-            f"zero_optimization.zero_hpz_partition_size must be a number of ranks, such as the GPUs of a node, not {size!r}"
-        )
+    size = second_partition(config)
     if size > 1 and stage < 3:
         raise DeepSpeedConfigError(
             f"zero_optimization.zero_hpz_partition_size={size} changes nothing at stage {stage}: remove it, or set stage 3"
@@ -233,7 +244,7 @@ def reconcile(config: dict[str, Any], recipe: RunRecipe, split: BatchSplit, on_g
         # same update from fp32 accumulation, with the state spread over the ranks.
         stage = 1
     zero = dict(resolved.get("zero_optimization", {}))
-    _check_second_partition(zero, stage, split.world_size)
+    _check_second_partition(config, stage, split.world_size)
     if stage:
         # DeepSpeed allocates the whole bucket, 500 million elements unless told otherwise, however small the model.
         resolved["zero_optimization"] = {"reduce_bucket_size": REDUCE_BUCKET, **zero, "stage": stage}

@@ -15,6 +15,7 @@ from mimscale.training.ds_config import (
     REDUCE_BUCKET,
     offloads_optimizer,
     offloads_parameters,
+    second_partition,
     wants_bf16,
     zero_stage,
 )
@@ -150,7 +151,7 @@ def plan_rank(sizes: list[int], activations: int, config: dict[str, Any], world_
     if stage == 3:
         small = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", 100_000))
         weights = share * unit + small * unit * (1 - 1 / world_size)
-        if (group := zero.get("zero_hpz_partition_size", 1)) > 1:
+        if (group := second_partition(config)) > 1:
             weights += count * unit / group  # ZeRO++'s second partition
         live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
         gathered = min(count - small, live) * unit
