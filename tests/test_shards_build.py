@@ -24,7 +24,7 @@ from conftest import ROOT
 from image_folder import ImageFolder
 from PIL import Image
 
-from mimscale.data import ShardError, ShardIndex, strata, writer
+from mimscale.data import ShardError, ShardIndex, parts, strata, writer
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -267,6 +267,38 @@ def test_a_mistake_gets_one_clear_message(arguments, said, photographs, solar_fo
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr
     assert digests(solar_shards) == before
+
+
+def test_a_refused_build_leaves_the_folder_as_it_was(photographs, solar_folders, photo_shards, tmp_path):
+    def contents(folder: Path) -> dict[Path, bytes]:
+        return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+    other, part = ImageFolder(solar_folders / "val"), parts.Part.parse("1/2@a")
+    finished, broken, strange, half = (tmp_path / name for name in ("finished", "broken", "strange", "half"))
+    shutil.copytree(photo_shards, finished)
+    shutil.copytree(photo_shards, broken)
+    (broken / "index.json").write_bytes((photo_shards / "index.json").read_bytes()[:-20])
+    strange.mkdir()
+    for name in ("holiday.tar", "holiday.tar.partial-2"):
+        (strange / name).write_bytes(b"of somebody else")
+    for out, said in (
+        (finished, "other images"), (broken, "not valid JSON.*build again into another folder"), (strange, "no build of mimscale")
+    ):  # fmt: skip
+        before = contents(out)
+        with pytest.raises(ShardError, match=said):
+            writer.build(other, out)
+        with pytest.raises(ShardError, match=said):
+            parts.build_part(part, other, out)
+        assert contents(out) == before
+    # What the build that is to go on here has written stays.
+    options = writer.Options(samples_per_shard=5)
+    assert parts.build_part(part, ImageFolder(photographs), half, options=options)[0] is None
+    kept = {path: content for path, content in contents(half).items() if "listing" not in path.parts}
+    with pytest.raises(ShardError, match="other images"):
+        writer.build(other, half)
+    assert contents(half).items() >= kept.items()
+    writer.build(ImageFolder(photographs), half, options=options)
+    assert digests(half) == digests(photo_shards)
 
 
 @pytest.mark.root

@@ -174,16 +174,17 @@ class CropStream(ABC):
         images = empty_images(len(positions), self.image_size).to(self.device)
         skipped: list[tuple[str, str]] = []
         done = self._decode_on_device(samples, numbers, flips, images) if self.decoder == NVIMGCODEC else set()
-        for row in range(len(positions)):
+        # One image at a time, each still a batch of one: that is what the resize takes.
+        for row, place in enumerate(images.split(1)):
             if row in done:
                 continue
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)
             height, width, _ = pixels.shape
             top, left, h, w = augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio)
-            image = images[row] if self.device == "cpu" else empty_images(1, self.image_size)[0]
+            image = place if self.device == "cpu" else empty_images(1, self.image_size)
             augment.resize_into(image, pixels[top : top + h, left : left + w], self.interpolation)
-            if flips[row] or image.device != images.device:
-                images[row] = image.flip(-1) if flips[row] else image
+            if flips[row] or image is not place:
+                place.copy_(image.flip(-1) if flips[row] else image)
         return images, samples, skipped
 
     def _decode_on_device(

@@ -8,6 +8,8 @@ numbers do not depend on the release of any library.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 # One constant a purpose, so that no two purposes ever share numbers.
@@ -16,20 +18,26 @@ ORDER, CROP, FLIP, MASK, DRAW_KEY, SAMPLING, SHUFFLE, CLASSES, WINDOW = range(1,
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def _finalise(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function over an uint64 array (wrapping arithmetic)."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _SHIFT_1)) * _MIX_1
+    x = (x ^ (x >> _SHIFT_2)) * _MIX_2
+    return x ^ (x >> _SHIFT_3)
 
 
+@lru_cache(maxsize=256)
 def _key(seed: int, purpose: int, *more: int) -> np.ndarray:
-    """An array of one uint64 that stands for a seed, a purpose and whatever else separates two streams."""
+    """An array of one uint64 that stands for a seed, a purpose and whatever else separates two streams.
+
+    A run asks for the same few again and again, and for a small batch they would cost as much as its draws.
+    """
     key = np.zeros(1, np.uint64)
     for part in (seed, purpose, *more):
         key = _finalise(key * _GOLDEN + np.asarray([part & 0xFFFFFFFFFFFFFFFF], np.uint64) + _GOLDEN)
+    key.flags.writeable = False
     return key
 
 

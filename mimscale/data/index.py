@@ -137,6 +137,10 @@ class ShardIndex:
         return np.asarray(np.load(self.root / TABLE_NAME, mmap_mode="r", allow_pickle=False))
 
     @cached_property
+    def _checksums(self) -> np.ndarray:
+        return self._table["crc"]
+
+    @cached_property
     def _starts(self) -> np.ndarray:
         """(shards + 1,) first sample of each shard."""
         return np.concatenate([[0], np.cumsum([shard.samples for shard in self.content.shards], dtype=np.int64)])
@@ -311,7 +315,7 @@ class ShardIndex:
 
     def intact(self, sample: int, data: bytes | memoryview) -> bool:
         """Whether ``data`` are the bytes that the build stored (by their CRC-32)."""
-        return zlib_ng.crc32(data) == int(self._table["crc"][sample])
+        return zlib_ng.crc32(data) == int(self._checksums[sample])
 
     def _descriptor(self, shard: int) -> int:
         if self._owner != os.getpid():

@@ -57,6 +57,10 @@ def _digest(listing: Listing, order: np.ndarray, shards: list, classes: list[str
     return digest.hexdigest()
 
 
+# In the work folder: the digest of the layout that what is written there goes by.
+PLAN_NAME = "plan"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which sample goes where; ``plan`` is its digest, ``order`` the rows of the listing in the order of the shards."""
@@ -81,7 +85,7 @@ class Layout:
 
     def keep(self, work: Path) -> None:
         """Leave in the work folder what those who write shards look up there."""
-        write_durably(work / "plan", self.plan.encode())
+        write_durably(work / PLAN_NAME, self.plan.encode())
         save_array(work / "order.npy", self.order)
         (work / "journal").mkdir(exist_ok=True)
 
@@ -89,9 +93,12 @@ class Layout:
         """Raise unless what lies in the folder already is of this very build."""
         known = None
         if (out / INDEX_NAME).exists():
-            known = Index.from_json((out / INDEX_NAME).read_bytes(), out / INDEX_NAME).build
-        elif (out / WORK_FOLDER / "plan").exists():
-            known = (out / WORK_FOLDER / "plan").read_text()
+            try:
+                known = Index.from_json((out / INDEX_NAME).read_bytes(), out / INDEX_NAME).build
+            except ShardError as error:  # ends with "build again"
+                raise ShardError(f"{error} into another folder, or delete this one") from None
+        elif (out / WORK_FOLDER / PLAN_NAME).exists():
+            known = (out / WORK_FOLDER / PLAN_NAME).read_text()
         elif tars := sorted(out.glob("*.tar")):
             raise ShardError(
                 f"{out} holds {tars[0].name}, which no build of mimscale's left there; choose an empty folder"

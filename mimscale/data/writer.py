@@ -19,7 +19,7 @@ import numpy as np
 
 from mimscale.data import crew, strata
 from mimscale.data.errors import ShardError
-from mimscale.data.layout import Layout, lay_out
+from mimscale.data.layout import PLAN_NAME, Layout, lay_out
 from mimscale.data.listing import Found, Listing, ListingWriter
 from mimscale.data.shard_format import (
     INDEX_NAME,
@@ -129,7 +129,22 @@ def _sole_builder(out: Path, work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ShardError(f"{out}: another build is writing into it; wait for it, or end it") from None
+        with leaving_nothing(out, work):
+            yield
+
+
+@contextmanager
+def leaving_nothing(out: Path, work: Path) -> Iterator[None]:
+    """Remove the work folder of a build that fails, unless a layout is kept there for the next one to go on with.
+
+    To be entered by the only builder in ``out``.
+    """
+    try:
         yield
+    except BaseException:
+        if (out / INDEX_NAME).exists() or not (work / PLAN_NAME).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def remove_strays(out: Path) -> None:
@@ -167,10 +182,10 @@ def build(
     work = out / WORK_FOLDER
     out.mkdir(parents=True, exist_ok=True)
     with _sole_builder(out, work):
-        remove_strays(out)
         listing, train_rows, rejected = scan(train, val, work, options.decodes, workers, report)
         layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
         layout.refuse_other(out)
+        remove_strays(out)
         layout.keep(work)
         done = 0
         report("writing images", 0, layout.samples)
