@@ -53,7 +53,7 @@ def encoder_blocks(recipe: Recipe) -> list[range]:
 
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
-    """Bytes that the forward pass keeps for the backward pass, per image, counted on the meta device."""
+    """Bytes that the forward pass keeps for the backward pass at most, per image, counted on the meta device."""
 
     def example() -> tuple[Tensor, ...]:
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
@@ -67,7 +67,9 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
 def kept_bytes(
     build: Callable[[], nn.Module], example: Callable[[], tuple[Tensor, ...]], recompute: bool, bf16: bool
 ) -> int:
-    """Bytes that a module's forward pass keeps for the backward pass, per image, counted on the meta device.
+    """Bytes that a module keeps from its forward for its backward pass at most, per image, counted on the meta device.
+
+    Where blocks are computed again, the one that is being so keeps all of its own beside what those before it have kept.
 
     Args:
         build: makes the module; its ``encoder`` is what may be recomputed.
@@ -75,24 +77,45 @@ def kept_bytes(
         recompute: whether the encoder's blocks are computed again.
         bf16: whether the module is in bf16.
     """
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
     with torch.device("meta"):
         module = build().train()
         if bf16:
             module = module.bfloat16()
-        if recompute:
-            module.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
-        own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
         batch = example()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(*batch)
-    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return total // len(batch[0])
+        if not recompute:
+            return _kept(module, batch, [])[0] // len(batch[0])
+        encoder: Any = module.encoder
+        encoder.set_grad_checkpointing(True)
+        blocks = [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+        total, before = _kept(module, batch, blocks)
+        encoder.set_grad_checkpointing(False)
+        _, around = _kept(module, batch, blocks)
+    summits = [kept + after - at for (kept, _), (at, after) in zip(before, around, strict=True)]
+    return max(total, *summits) // len(batch[0])
+
+
+def _kept(module: nn.Module, batch: tuple[Tensor, ...], blocks: list[nn.Module]) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes kept after a forward pass, and before and after each block in it."""
+    own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
+    kept: dict[int, Tensor] = {}
+    total = 0
+    entered, seen = [], []
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = tensor
+            total += storage.nbytes()
+        return tensor
+
+    hooks = [block.register_forward_pre_hook(lambda *_: entered.append(total)) for block in blocks]
+    hooks += [block.register_forward_hook(lambda *_: seen.append((entered[-1], total))) for block in blocks]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(*batch)
+    for hook in hooks:
+        hook.remove()
+    return total, seen
 
 
 @dataclass(frozen=True)
