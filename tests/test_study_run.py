@@ -226,7 +226,7 @@ def test_a_training_whose_curve_turns_is_ended_and_nothing_is_started_behind_it(
     shards = tmp_path / "shards"
     writer.build(ImageFolder(solar_folders / "train"), shards, val=ImageFolder(tmp_path / "negatives"))
     grid = "{models: [swinv2_8], datasets: [cells_100], lengths: [4000, 8000], overrides: {train.global_batch: 8, "
-    grid += "train.validate_every: 10, data.validation_images: 8, schedule.warmup: 2}}"
+    grid += "train.validate_every: 10, data.validation_images: 8, schedule.warmup: 2, optimizer.lr: 1.0e-3}}"
     out = tmp_path / "study"
     words = (SMOKE, f"shards.photographs={shards}", f"output={out}", "finetune.cells.of.lengths=[4000]")
     done = study("run", *words, f"pretrain=[{grid}]", "stop_doomed=true")
