@@ -137,6 +137,14 @@ def test_page_loads_nothing_and_stays_light(own, of_published):
         assert sum(path.stat().st_size for path in folder.iterdir()) < 1.5e6
 
 
+def test_nothing_of_a_picture_is_cut_off_at_its_edges(own, of_published):
+    for folder in (own[0], of_published):
+        for path in folder.glob("*.png"):
+            pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+            edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+            assert np.abs(edges - pixels[0, 0]).max() == 0, path
+
+
 def test_every_link_leads_somewhere_and_ids_are_unique(own):
     page = Reader(own[0] / "report.html")
     assert len(page.ids) == len(set(page.ids))

@@ -178,16 +178,22 @@ class Picture:
                 assert panel.draw is not None
                 panel.draw(axes)
                 axes.set_title(panel.heading, fontsize=10)
-            handles = [_handle(*key) for key in self.keys]
-            if handles:
-                canvas.legend(
-                    handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), frameon=False
-                )
+            self._legend(canvas)
             drawn = io.BytesIO()
             canvas.savefig(drawn, format="png", dpi=110, facecolor=PAPER)
         small = io.BytesIO()
         Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
         write(path, small.getvalue())
+
+    def _legend(self, canvas: Canvas) -> None:
+        """The legend under the panels, in as few lines as its entries need."""
+        handles = [_handle(*key) for key in self.keys]
+        for lines in range(1, len(handles) + 1):
+            columns = -(-len(handles) // lines)
+            legend = canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+            if columns == 1 or legend.get_window_extent().width <= canvas.bbox.width:
+                return
+            legend.remove()
 
 
 def svg(panel: Panel, name: str) -> str:
