@@ -65,7 +65,7 @@ def test_jobs_killed_at_random_are_picked_up_and_the_report_is_an_undisturbed_on
     calm, wild = tmp_path / "calm", tmp_path / "wild"
     study("run", path, f"output={calm}")
     disturbed = Disturbed(path, wild, cluster, random.Random(0), kills=4, pause=2.0)
-    disturbed.run(seconds=400)
+    disturbed.run(seconds=900)
     assert len(disturbed.jobs) == 6 and disturbed.submitted[0] == 6
     assert set(disturbed.killed) == set(KINDS) and len(disturbed.submitted) >= 2
     assert disturbed.gone_on >= 1
