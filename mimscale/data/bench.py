@@ -301,9 +301,14 @@ def main(argv: list[str] | None = None) -> int:
         words = words[1:]
     parser = argparse.ArgumentParser(prog="mimscale bench data", description=__doc__)
     parser.add_argument("out", type=Path, nargs="+", help="shard folders; a pixel store is compared to the first")
-    parser.add_argument("--batch", type=int, default=25, help="images a turn (25)")
-    parser.add_argument("--rounds", type=int, default=40, help="turns (40)")
-    parser.add_argument("--images", type=int, default=500, help="different images that the competitors get (500)")
+    parser.add_argument("--batch", type=int, default=128, help="images a turn (128)")
+    parser.add_argument("--rounds", type=int, default=12, help="turns (12)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="different images that the competitors get (500); with --build: images that are stored (12,000, or all there are)",
+    )
     parser.add_argument("--build", action="store_true", help="measure building, not reading")
     parser.add_argument("--soak", type=int, metavar="N", help="measure the workers' memory over N samples instead")
     parser.add_argument("--workers", type=int, default=2, help="worker processes for --soak (2)")
@@ -331,12 +336,12 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         return {"workers_mib": seen}
     if options.build:
         index = ShardIndex.load(options.out[0])
-        figures = measure_build(index, options.images, options.rounds, scratch)
+        figures = measure_build(index, options.images or 12_000, options.rounds, scratch)
         print(f"{'from a source: writer':<40}{'images/s/core':>15}{f'images/s, {crew.usable_cores()} cores':>20}")
         for name, figure in figures.items():
             print(f"{name:<40}{figure['images_per_core_s']:>15,.0f}{figure['images_per_s']:>20,.0f}")
         return {"build": figures}
-    result = measure(options.out, options.batch, options.rounds, options.images, scratch)
+    result = measure(options.out, options.batch, options.rounds, options.images or 500, scratch)
     _print(result)
     return result
 

@@ -160,6 +160,16 @@ class Listing:
     def __len__(self) -> int:
         return len(self.size)
 
+    @property
+    def longest_key(self) -> int:
+        """Bytes of the longest key; looked for in blocks, so that it takes no memory beside the column's."""
+        ends, block = self.key_end, 1 << 20
+        longest = int(ends[0]) if len(ends) else 0
+        for start in range(1, len(ends), block):
+            upper = ends[start : start + block]
+            longest = max(longest, int((upper - ends[start - 1 : start - 1 + len(upper)]).max()))
+        return longest
+
     def entries(self, rows: np.ndarray) -> list[Entry]:
         """What is needed to store some images, looked up together: one by one costs as much as reading them."""
         keys = _pieces(self._keys, self.key_end, rows)

@@ -140,10 +140,14 @@ def _settle(
         listing = Listing(work / "listing")
         rejected = [(where, why) for where, why in known["rejected"]]
         return held, lay_out(listing, known["train_rows"], rejected, train.classes, percents, options)
-    with writer.leaving_nothing(out, work):
-        listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
-        layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
-        layout.refuse_other(out)
+    try:
+        with writer.leaving_nothing(out, work):
+            listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
+            layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
+            layout.refuse_other(out)
+    except BaseException:
+        held.close()
+        raise
     writer.remove_strays(out)
     layout.keep(work)
     kept = {"array": part.array, "asked": asked, "train_rows": train_rows, "rejected": rejected}

@@ -201,7 +201,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
     tasks = layout.tasks(out)
     entries = [json.loads((work / "journal" / f"{task.file}.json").read_bytes()) for task in tasks]
     options, percents = layout.options, layout.percents
-    widest = int(np.diff(layout.listing.key_end, prepend=0).max())
+    widest = layout.listing.longest_key
     index = Index(
         build=layout.plan,
         seed=options.seed,
