@@ -142,7 +142,7 @@ def test_any_part_of_a_study_has_findings_and_tables(drawn):
     for make in (tables.architectures, tables.datasets, tables.correlation_table, tables.decoders, tables.sampling):
         assert len({len(row) for row in make(study).rows}) == 1
     assert len(tables.all_cells(study).rows) == len(study.cells)
-    assert len(tables.all_runs(study, Path("out")).rows) == len(results)
+    assert len(tables.all_runs(study, Path("out"), None).rows) == len(results)
     for row in [*tables.laws(study).rows, *tables.needs(study).rows, *tables.efficiency(study).rows]:
         assert "nan" not in "".join(str(value) for value in row)
 

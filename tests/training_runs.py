@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "launchers/recipes/demo.yaml"
@@ -37,16 +40,32 @@ TINY = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills, the same one for all processes that test side by side; not to be changed."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    made = folder.with_name(f"{name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photographs of the `elpv-dataset` package as shards with a validation split."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for command in (
-        ["shards/solar_cells.py", folder],
-        ["shards/build.py", "build", "--source", folder / "train", "--val", folder / "val", "--out", folder / "shards"],
-    ):
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
-    return folder / "shards"
+
+    def make(folder: Path) -> None:
+        source = ["--source", folder / "train", "--val", folder / "val"]
+        for command in (
+            ["shards/solar_cells.py", folder],
+            ["shards/build.py", "build", *source, "--out", folder / "shards"],
+        ):
+            subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "solar_cells", make) / "shards"
 
 
 def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
@@ -94,10 +113,12 @@ def run_ranks(ranks: int, cells: list[dict[str, Any]], timeout: float = 500) -> 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A run of TINY on two ranks at ZeRO stage 2 that nothing has happened to; not to be changed."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    overrides = [*TINY, f"data.shards={shards}"]
-    run_ranks(2, [{"output": run, "config": {"zero_optimization": {"stage": 2}}, "overrides": overrides}])
-    return run
+    config, overrides = {"zero_optimization": {"stage": 2}}, [*TINY, f"data.shards={shards}"]
+
+    def make(run: Path) -> None:
+        run_ranks(2, [{"output": run, "config": config, "overrides": overrides}])
+
+    return made_once(tmp_path_factory, "undisturbed", make)
 
 
 def kill_after_a_checkpoint(command: list[str], run: Path, step: int) -> None:
