@@ -6,7 +6,8 @@ BIN := $(abspath $(VENV))/bin
 DEMO ?= demo
 # Ranks of the demo: every GPU there is, or two processes on the CPU.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
-# Test files that run side by side, a thread each; many tests start two ranks of their own.
+# Test files that run side by side, a thread each; many tests start two ranks of their own. In the order of their names: by
+# number of tests, as is the default, those with few and long tests would come last and run alone.
 TEST_WORKERS ?= 2
 
 .PHONY: demo test lint clean
@@ -33,7 +34,7 @@ demo: $(VENV)/.demo
 		--output $(DEMO)/run data.shards=$(DEMO)/shards
 
 test: $(VENV)/.test
-	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
