@@ -39,6 +39,13 @@ def test_what_would_fail_after_the_queue_is_refused_before_it(queue, capsys, arg
     assert not queue.exists() and not Path("runs").exists()
 
 
+def test_a_fine_tuning_without_all_of_its_data_is_refused_before_the_queue(queue, capsys):
+    recipe = RECIPE.parent / "finetune/demo_segmentation.yaml"
+    assert main(["submit", str(recipe), "data.images=I", "data.annotations=A"]) == 1
+    assert "data.classes is not set: give data.classes=FILE, with the classes' names" in capsys.readouterr().err
+    assert not queue.exists()
+
+
 @pytest.mark.parametrize("wrong", ["--nodes=0", "--nodes=two", "--gpus-per-node=-1"])
 def test_a_number_that_is_none_is_named(queue, capsys, wrong):
     with pytest.raises(SystemExit):

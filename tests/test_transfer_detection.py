@@ -327,7 +327,7 @@ def test_the_papers_settings(scenes, size):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.images=null"], "give data.images=FOLDER and data.annotations=FILE"),
+        (["data.images=null"], "data.images is not set: give data.images=FOLDER"),
         (["data.validation=null"], "go together"),
         (["model.name=vit_b"], "take a feature pyramid, which SwinV2 has"),
         (["data.image_size=100"], "not a multiple of 32; 96 is"),

@@ -84,7 +84,6 @@ class ListingWriter:
         self.folder = folder
         self.containers: list[str] = []
         self.rows = 0
-        self.max_key = 1
         self._files = {name: (folder / name).open("wb") for name in (*_COLUMNS, "keys", "names")}
         self._ends = {"key": 0, "name": 0}
 
@@ -111,7 +110,6 @@ class ListingWriter:
         self._append("stratum", np.full(count, found.stratum))
         self._append_text("key", found.keys)
         self._append_text("name", [os.fsencode(name) for name in found.names] or [b""] * count)
-        self.max_key = max(self.max_key, max(map(len, found.keys)))
         self.rows += count
 
     def close(self) -> Listing:
@@ -159,16 +157,6 @@ class Listing:
 
     def __len__(self) -> int:
         return len(self.size)
-
-    @property
-    def longest_key(self) -> int:
-        """Bytes of the longest key; looked for in blocks, so that it takes no memory beside the column's."""
-        ends, block = self.key_end, 1 << 20
-        longest = int(ends[0]) if len(ends) else 0
-        for start in range(1, len(ends), block):
-            upper = ends[start : start + block]
-            longest = max(longest, int((upper - ends[start - 1 : start - 1 + len(upper)]).max()))
-        return longest
 
     def entries(self, rows: np.ndarray) -> list[Entry]:
         """What is needed to store some images, looked up together: one by one costs as much as reading them."""

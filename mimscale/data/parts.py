@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -127,33 +127,30 @@ def _settle(
     work = out / WORK_FOLDER
     made = work / "listing" / "made.json"
     known = json.loads(made.read_bytes()) if made.exists() else {}
-    held = (work / "lock").open("ab")
-    try:
-        fresh = known.get("array") != part.array
-        fcntl.flock(held, (fcntl.LOCK_EX if fresh else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise ShardError(f"{out}: another build is writing into it; wait for it, or end it") from None
-    if not fresh:
-        if known["asked"] != asked:
-            raise ShardError(f"{out}: another part of {part.array} was given other images or options")
-        listing = Listing(work / "listing")
-        rejected = [(where, why) for where, why in known["rejected"]]
-        return held, lay_out(listing, known["train_rows"], rejected, train.classes, percents, options)
-    try:
-        with writer.leaving_nothing(out, work):
-            listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
-            layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
-            layout.refuse_other(out)
-    except BaseException:
-        held.close()
-        raise
-    writer.remove_strays(out)
-    layout.keep(work)
-    kept = {"array": part.array, "asked": asked, "train_rows": train_rows, "rejected": rejected}
-    write_durably(made, json.dumps(kept).encode())
-    fcntl.flock(held, fcntl.LOCK_SH)
-    return held, layout
+    fresh = known.get("array") != part.array
+    with ExitStack() as unless_settled:
+        held = unless_settled.enter_context((work / "lock").open("ab"))
+        try:
+            fcntl.flock(held, (fcntl.LOCK_EX if fresh else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"{out}: another build is writing into it; wait for it, or end it") from None
+        if fresh:
+            with writer.leaving_nothing(out, work):
+                listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
+                layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
+                layout.refuse_other(out)
+            writer.remove_strays(out)
+            layout.keep(work)
+            kept = {"array": part.array, "asked": asked, "train_rows": train_rows, "rejected": rejected}
+            write_durably(made, json.dumps(kept).encode())
+            fcntl.flock(held, fcntl.LOCK_SH)
+        else:
+            if known["asked"] != asked:
+                raise ShardError(f"{out}: another part of {part.array} was given other images or options")
+            rejected = [(where, why) for where, why in known["rejected"]]
+            layout = lay_out(Listing(work / "listing"), known["train_rows"], rejected, train.classes, percents, options)
+        unless_settled.pop_all()
+        return held, layout
 
 
 def _finished(out: Path, work: Path, layout: Layout) -> Index:

@@ -101,23 +101,30 @@ def make_shard(task: ShardTask) -> int:
     return task.stop - task.start
 
 
-def _join_tables(tasks: list[ShardTask], out: Path, work: Path, key_bytes: int) -> str:
-    """Write the sample table from the journal's pieces, one piece in memory at a time. Returns its SHA-256."""
+def _join_tables(tasks: list[ShardTask], out: Path, work: Path) -> tuple[int, str]:
+    """Write the sample table from the journal's pieces, one piece in memory at a time.
+
+    Returns:
+        Bytes of a key, which are those of the longest, and the table's SHA-256.
+    """
+    pieces = [work / "journal" / f"{task.file}.npy" for task in tasks]
+    # A piece is as wide as its own longest key.
+    key_bytes = max(np.load(piece, mmap_mode="r", allow_pickle=False).dtype["key"].itemsize for piece in pieces)
     dtype, total = table_dtype(key_bytes), tasks[-1].stop
     beside = work / TABLE_NAME
     with beside.open("wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
         )
-        for number, task in enumerate(tasks):
-            piece = np.load(work / "journal" / f"{task.file}.npy", allow_pickle=False).astype(dtype)
-            piece["shard"] = number
-            file.write(piece.tobytes())
+        for number, piece in enumerate(pieces):
+            rows = np.load(piece, allow_pickle=False).astype(dtype)
+            rows["shard"] = number
+            file.write(rows.tobytes())
         file.flush()
         os.fsync(file.fileno())
     digest = file_sha256(beside)
     beside.replace(out / TABLE_NAME)
-    return digest
+    return key_bytes, digest
 
 
 @contextmanager
@@ -201,7 +208,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
     tasks = layout.tasks(out)
     entries = [json.loads((work / "journal" / f"{task.file}.json").read_bytes()) for task in tasks]
     options, percents = layout.options, layout.percents
-    widest = layout.listing.longest_key
+    key_bytes, table_sha256 = _join_tables(tasks, out, work)
     index = Index(
         build=layout.plan,
         seed=options.seed,
@@ -215,8 +222,8 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
             **({"val": [t.file for t in tasks if t.split == "val"]} if with_val else {}),
         },
         samples=layout.samples,
-        key_bytes=widest,
-        table_sha256=_join_tables(tasks, out, work, widest),
+        key_bytes=key_bytes,
+        table_sha256=table_sha256,
         views=views or {},
         samples_per_shard=options.samples_per_shard,
         resize_shorter=options.resize_shorter,

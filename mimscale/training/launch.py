@@ -66,12 +66,8 @@ def check(recipe: RunRecipe, ds_config: dict[str, Any], ranks: int | None) -> No
         DeepSpeedConfigError: recipe and configuration contradict each other, or the batch does not divide over ``ranks``.
     """
     from mimscale.training.ds_config import reconcile, split_batch
-    from mimscale.training.recipe import RecipeError
 
-    data = recipe.data  # type: ignore[attr-defined]
-    for key in ("shards", "images", "annotations"):
-        if key in type(data).model_fields and getattr(data, key) is None:
-            raise RecipeError(f"data.{key} is not set: add data.{key}=PATH")
+    recipe.check_data_places()
     if ranks is not None:
         reconcile(ds_config, recipe, split_batch(ds_config, recipe.train.global_batch, ranks, None), on_gpu=True)
 

@@ -44,12 +44,16 @@ def encoder_blocks(recipe: Recipe) -> list[range]:
     """The blocks that activation checkpointing runs again, each as the range of its parameters in `parameter_sizes`."""
     with torch.device("meta"):
         module = build_objective(recipe)
-    encoder: Any = module.encoder
-    encoder.set_grad_checkpointing(True)
     place = {parameter: index for index, parameter in enumerate(module.parameters())}
-    blocks = [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+    blocks = _recomputed(module.encoder)
     own = [[place[parameter] for parameter in block.parameters()] for block in blocks]
     return [range(min(places), max(places) + 1) for places in own]
+
+
+def _recomputed(encoder: Any) -> list[nn.Module]:
+    """Set an encoder to run blocks again in its backward pass; which ones it does."""
+    encoder.set_grad_checkpointing(True)
+    return [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
 
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
@@ -85,8 +89,7 @@ def kept_bytes(
         if not recompute:
             return _kept(module, batch, [])[0] // len(batch[0])
         encoder: Any = module.encoder
-        encoder.set_grad_checkpointing(True)
-        blocks = [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+        blocks = _recomputed(encoder)
         total, before = _kept(module, batch, blocks)
         encoder.set_grad_checkpointing(False)
         _, around = _kept(module, batch, blocks)

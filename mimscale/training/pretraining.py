@@ -19,7 +19,7 @@ from mimscale.training.metrics import flops_per_image
 from mimscale.training.objective import build_objective
 from mimscale.training.param_groups import decay_groups
 from mimscale.training.pictures import loss_curves, reconstruction_sheet
-from mimscale.training.recipe import Recipe, RecipeError
+from mimscale.training.recipe import Recipe
 from mimscale.training.run_folder import check_data
 from mimscale.training.task import Task, TaskBatch, Validated
 from mimscale.training.validation import validate
@@ -38,18 +38,18 @@ def rank_workers(asked: int | str, ranks: Ranks) -> int:
     return max(0, min(8, cores // ranks.local_world_size - 1))
 
 
-def open_shards(shards: str | None, cache: str | None, cache_gib: float | None) -> ShardIndex:
+def open_shards(recipe: Any) -> ShardIndex:
     """The index of a recipe's shards.
 
     Raises:
         RecipeError: ``data.shards`` is not set.
         ShardError: there is no usable index.
     """
-    if shards is None:
-        raise RecipeError("data.shards is not set: give data.shards=OUT, a folder made by shards/build.py")
-    places: dict[str, Any] = {"cache": Path(cache)} if cache else {}
-    sizes: dict[str, Any] = {"cache_bytes": int(cache_gib * 2**30)} if cache_gib else {}
-    return ShardIndex.load(shards, **places, **sizes)
+    recipe.check_data_places()
+    data = recipe.data
+    places: dict[str, Any] = {"cache": Path(data.cache)} if data.cache else {}
+    sizes: dict[str, Any] = {"cache_bytes": int(data.cache_gib * 2**30)} if data.cache_gib else {}
+    return ShardIndex.load(data.shards, **places, **sizes)
 
 
 def data_position(index: ShardIndex, fraction: str, seed: int, images: int) -> dict[str, Any]:
@@ -76,9 +76,8 @@ class Pretraining(Task):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        data = recipe.data
-        self.index = open_shards(data.shards, data.cache, data.cache_gib)
-        MIMStream(self.index, fraction=data.fraction)  # an unknown fraction is an error here, not after minutes
+        self.index = open_shards(recipe)
+        MIMStream(self.index, fraction=recipe.data.fraction)  # an unknown fraction is an error here, not after minutes
         self.flops_per_image = flops_per_image(recipe)
 
     @override

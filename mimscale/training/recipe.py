@@ -185,6 +185,8 @@ class RunRecipe(Section):
 
     # Keys that may differ between two starts of one run: they change what is written, never a loss.
     free_keys: ClassVar[frozenset[str]] = FREE_KEYS
+    # Keys of the data section without which there is nothing to train on, and what each is set to.
+    data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by shards/build.py"}
 
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -194,6 +196,17 @@ class RunRecipe(Section):
     def learning_rate(self) -> float:
         """Peak learning rate at this run's global batch."""
         return self.optimizer.lr * self.train.global_batch / self.optimizer.lr_batch
+
+    def check_data_places(self) -> None:
+        """Raise unless the recipe says where its data is.
+
+        Raises:
+            RecipeError: naming the key that is not set.
+        """
+        data: Any = self.data  # type: ignore[attr-defined]
+        for key, kind in self.data_places.items():
+            if getattr(data, key) is None:
+                raise RecipeError(f"data.{key} is not set: give data.{key}={kind}")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out."""

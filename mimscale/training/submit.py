@@ -93,10 +93,13 @@ def _options(text: str) -> tuple[str, ...]:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
-    # argparse would take a value such as --account=a for an option of its own.
-    for place in [place for place, word in enumerate(argv[:-1]) if word == "--sbatch"]:
-        argv = [*argv[:place], f"--sbatch={argv[place + 1]}", "", *argv[place + 2 :]]
-    asked = _parser().parse_intermixed_args([word for word in argv if word])
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--sbatch":
+            words[-1] += f"={word}"  # argparse would take a value such as --account=a for an option of its own
+        else:
+            words.append(word)
+    asked = _parser().parse_intermixed_args(words)
     try:
         job = SlurmJob(
             recipe=asked.recipe,

@@ -132,7 +132,7 @@ class Classification(TransferTask):
     def __init__(self, recipe: ClassificationRecipe):
         super().__init__(recipe)
         data = recipe.data
-        self.index = open_shards(data.shards, data.cache, data.cache_gib)
+        self.index = open_shards(recipe)
         self.counts = ClassCounts.of(self.index, data.fraction)
         self.validated = data.validation in self.index.fractions
         if self.validated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class Detector(Section):
 class DetectionRecipe(DenseRecipe):
     """A recipe for detection."""
 
+    data_places: ClassVar[dict[str, str]] = {"images": "FOLDER", "annotations": "FILE, in COCO's form"}
+
     task: Literal["detection"] = "detection"
     data: DetectionData = DetectionData()
     detector: Detector = Detector()
@@ -85,10 +87,8 @@ class Detection(DenseTask):
     def __init__(self, recipe: DetectionRecipe):
         super().__init__(recipe)
         data = recipe.data
-        if data.images is None or data.annotations is None:
-            raise RecipeError(
-                "give data.images=FOLDER and data.annotations=FILE, images with annotations in COCO's form"
-            )
+        recipe.check_data_places()
+        assert data.images is not None and data.annotations is not None
         self.images = self._split(data.images, data.annotations, keep_empty=False)
         self.classes = self.images.instances.classes
         self.held_out = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,12 @@ class SegmentationRecipe(DenseRecipe):
 
     free_keys = DenseRecipe.free_keys | {"data.classes"}
 
+    data_places: ClassVar[dict[str, str]] = {
+        "images": "FOLDER",
+        "annotations": "FOLDER, with a label picture for each image",
+        "classes": "FILE, with the classes' names",
+    }
+
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationData = SegmentationData()
     decoder: Decoder = Decoder()
@@ -78,11 +84,8 @@ class Segmentation(DenseTask):
     def __init__(self, recipe: SegmentationRecipe):
         super().__init__(recipe)
         data = recipe.data
-        if data.images is None or data.annotations is None or data.classes is None:
-            raise RecipeError(
-                "give data.images=FOLDER, data.annotations=FOLDER with a label picture for each image, and data.classes=FILE "
-                "with the classes' names"
-            )
+        recipe.check_data_places()
+        assert data.images is not None and data.annotations is not None and data.classes is not None
         self.classes = read_classes(Path(data.classes))
         self.images = self._split(data.images, data.annotations)
         self.held_out = None
