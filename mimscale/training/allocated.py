@@ -9,14 +9,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._profiler import _ExtraFields_Allocation
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, Ranks, start_ranks, stop_ranks
@@ -25,8 +25,10 @@ from mimscale.training.objective import build_objective
 from mimscale.training.param_groups import decay_groups
 from mimscale.training.recipe import Recipe, load_recipe
 
+STEP = "mimscale: one step"
 
-def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int) -> None:
+
+def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, began: Callable[[], None]) -> None:
     engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
     local = recipe.train.global_batch // ranks.world_size
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -35,25 +37,46 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int) -> 
     order = torch.rand(local, grid**2, generator=generator).argsort(1)
     mask = (order < recipe.hidden).view(local, grid, grid)
     for _ in range(steps):
-        engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+        began()
+        with record_function(STEP):
+            engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
     engine.close()
 
 
-def peak_allocated(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int = 2) -> int:
-    """Bytes that torch's allocator held at most on this rank, from building the model to the end of a few steps."""
+def peak_allocated(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int = 5) -> int:
+    """Bytes that torch's allocator held at most on this rank, while the model was built or in a step.
+
+    Of the steps after the first, which can hold less, the one with the lowest peak counts: gloo's threads let go of a
+    bucket a moment after the ranks have gone on, and on a busy machine that moment can last until the next bucket is full.
+    """
     gc.collect()
     if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _train(recipe, config, ranks, steps)
-        return torch.cuda.max_memory_allocated() - before
+        return _peak_on_gpu(recipe, config, ranks, steps)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _train(recipe, config, ranks, steps)
+        _train(recipe, config, ranks, steps, began=lambda: None)
         gc.collect()
-    totals = sorted(_totals(profiler.profiler.kineto_results.experimental_event_tree()))
+    events = profiler.profiler.kineto_results.experimental_event_tree()
+    totals = sorted(_totals(events))
     _, first_size, first_total = totals[0]
-    return max(total for _, _, total in totals) - (first_total - first_size)
+    spans = sorted((event.start_time_ns, event.end_time_ns) for event in events if event.name == STEP)
+    built = max(total for at, _, total in totals if at < spans[0][0])
+    peaks = [max(total for at, _, total in totals if start <= at <= end) for start, end in spans[1:]]
+    return max(built, min(peaks)) - (first_total - first_size)
+
+
+def _peak_on_gpu(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int) -> int:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    peaks: list[int] = []
+
+    def began() -> None:
+        peaks.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+
+    _train(recipe, config, ranks, steps, began)
+    built, _, *later = [*peaks, torch.cuda.max_memory_allocated()]
+    return max(built, min(later)) - before
 
 
 def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
