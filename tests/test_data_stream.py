@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import struct
+import threading
 from collections import Counter
 from itertools import pairwise
 
@@ -100,6 +101,21 @@ def test_a_killed_worker_is_an_error_that_says_so(solar):
     next(endless)
     os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(ShardError, match="worker process was killed"):
+        for _ in range(100):
+            next(endless)
+
+
+def test_a_worker_whose_sockets_close_before_it_has_ended_is_a_killed_worker(solar, monkeypatch):
+    endless = iter(MIMStream(solar, "10", global_batch=8, workers=2))
+    next(endless)
+    killing = threading.Timer(0.3, os.kill, (torch.multiprocessing.active_children()[0].pid, signal.SIGKILL))
+
+    def reset(*_: object, **__: object) -> None:
+        killing.start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", reset)
+    with pytest.raises(ShardError, match=r"worker process was killed.*reset by peer"):
         for _ in range(100):
             next(endless)
 

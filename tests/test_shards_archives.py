@@ -172,7 +172,7 @@ def test_a_folder_of_class_tars_with_undecodable_files_and_hostile_names(photogr
     for shard in index.shards:
         with tarfile.open(tmp_path / "out" / shard.file) as archive:
             assert not any(".." in name or name.startswith("/") for name in archive.getnames())
-            archive.extractall(tmp_path / "unpacked", filter="data")
+        subprocess.run(["tar", "-xf", tmp_path / "out" / shard.file, "-C", tmp_path / "unpacked"], check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"tars", "out", "unpacked"}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Sampler
@@ -14,6 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 from mimscale.data.errors import ShardError
 
 _AHEAD = 4
+# Seconds in which a killed process has been taken down by the kernel, its memory included.
+_ENDING = 5.0
 
 
 class Steps(Protocol):
@@ -61,7 +66,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
                 return
             except (RuntimeError, EOFError, OSError) as error:
                 # What a killed process leaves behind is read as any of these, depending on where it was.
-                if all(worker.is_alive() for worker in iterator._workers):  # type: ignore[attr-defined]
+                if not _one_ended(iterator._workers):  # type: ignore[attr-defined]
                     raise
                 raise ShardError(
                     f"a data worker process was killed (out of memory?): {error or type(error).__name__}; "
@@ -72,9 +77,19 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
             yield batch
     finally:
         # Its processes end when the loader's iterator goes; leaving that to the garbage collector would leave them
-        # running.
-        iterator._shutdown_workers() if hasattr(iterator, "_shutdown_workers") else None
+        # running. Where one was killed, DataLoader says so again in here, and would take the place of the error above.
+        with contextlib.suppress(RuntimeError):
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
         del iterator
+
+
+def _one_ended(workers: list[BaseProcess]) -> bool:
+    """Whether a process has ended, or does within a moment: the sockets of a killed one close before it counts as ended."""
+    try:
+        return bool(wait([worker.sentinel for worker in workers], timeout=_ENDING))
+    except RuntimeError:
+        # DataLoader's handler of SIGCHLD was first to see it.
+        return True
 
 
 def cores_for(workers: int) -> list[int]:
