@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+import psutil
 from training_runs import launcher, records
 
 from mimscale.training import launch
@@ -67,11 +69,12 @@ class Start:
             port = str(server.getsockname()[1])
         self.log = self.run.with_name(f"{self.run.name}.{self.log_name}")
         self.log.write_text("")
+        self.left_behind = self._unfinished()
         world = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1"}
         arguments = launcher(self.run, self.config, *self.overrides)[1:]
         for rank in map(str, range(self.ranks)):
             environment = world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            self.processes.append(ForkProcess(target=_rank, args=(arguments, environment, self.log), daemon=True))
+            self.processes.append(ForkProcess(target=_rank, args=(arguments, environment, self.log)))
             self.processes[-1].start()
 
     def is_alive(self) -> bool:
@@ -88,8 +91,15 @@ class Start:
         return lines[-1]["step"] if lines else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any((self.run / "checkpoints").glob(".saving_*"))
+        """Whether a checkpoint is being written, and not what an earlier start has left of one."""
+        return bool(self._unfinished() - self.left_behind)
+
+    def _unfinished(self) -> set[tuple[Path, int]]:
+        found = set()
+        for path in (self.run / "checkpoints").glob(".saving_*"):
+            with contextlib.suppress(FileNotFoundError):  # whole by now
+                found.add((path, path.stat().st_ctime_ns))
+        return found
 
     def wait(self, condition: Callable[[], bool]) -> bool:
         """Wait for it; ``False`` when the ranks ended before."""
@@ -194,6 +204,18 @@ def kill_starting(start: Start) -> Outcome | None:
     time.sleep(start.rng.uniform(0, 4))
     start.signal(signal.SIGKILL)
     return Outcome("all ranks killed while starting")
+
+
+def kill_data_worker(start: Start) -> Outcome | None:
+    """SIGKILL of one rank's data worker: the rank says so, and all end."""
+    if not start.some_steps():
+        return None
+    victim = start.rng.randrange(start.ranks)
+    for worker in psutil.Process(start.processes[victim].pid).children():
+        worker.kill()
+    took = start.ended_by_itself(*range(start.ranks), within=60)
+    said = f"error (rank {victim}): a data worker process was killed"
+    return Outcome(f"rank {victim}'s data worker killed, all gave up after {took:.1f} s", said=said, status=1)
 
 
 def _into_save(start: Start) -> bool:
@@ -316,6 +338,7 @@ KINDS: dict[str, Callable[[Start], Outcome | None]] = {
     "kill all": kill_all,
     "kill all in a save": kill_all_in_save,
     "kill all at start": kill_starting,
+    "kill a data worker": kill_data_worker,
     "freeze one": freeze,
     "preempt": preempt,
     "full disk": fill_disk,

@@ -87,16 +87,17 @@ class Trial:
         """The run folder of this life."""
         return self.folder / f"run{self.lives}"
 
-    def start(self) -> Start:
-        """Start the run, or go on with it."""
-        overrides = [*SETTINGS, f"data.shards={self.shards}"]
+    def start(self, kind: str = "") -> Start:
+        """Start the run, or go on with it; with data workers where one of them is to be struck."""
+        workers = int(kind == "kill a data worker")
+        overrides = [*SETTINGS, f"data.shards={self.shards}", f"data.workers={workers}"]
         start = Start(self.run, self.config, overrides, INTERVAL, self.shards, self.rng, self.disk_full)
         start.begin()
         return start
 
     def strike(self, kind: str) -> tuple[Outcome, int] | None:
         """One round: what the fault did and how many steps it cost; ``None`` when the run had ended before."""
-        start = self.start()
+        start = self.start(kind)
         try:
             outcome = KINDS[kind](start)
             if outcome is None:

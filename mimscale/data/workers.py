@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
@@ -13,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from mimscale.data.errors import ShardError
 
@@ -57,7 +57,11 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         prefetch_factor=_AHEAD,
         worker_init_fn=partial(_begin, cores_for(workers)),
     )
-    iterator = iter(loader)
+    iterator: Any = iter(loader)
+    # DataLoader's handler of SIGCHLD would raise wherever the training step happens to be. Without it a killed process is
+    # noticed when its next batch is due, at the latest 5 seconds later.
+    _remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
     try:
         while True:
             try:
@@ -66,7 +70,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
                 return
             except (RuntimeError, EOFError, OSError) as error:
                 # What a killed process leaves behind is read as any of these, depending on where it was.
-                if not _one_ended(iterator._workers):  # type: ignore[attr-defined]
+                if not _one_ended(iterator._workers):
                     raise
                 raise ShardError(
                     f"a data worker process was killed (out of memory?): {error or type(error).__name__}; "
@@ -77,19 +81,14 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
             yield batch
     finally:
         # Its processes end when the loader's iterator goes; leaving that to the garbage collector would leave them
-        # running. Where one was killed, DataLoader says so again in here, and would take the place of the error above.
-        with contextlib.suppress(RuntimeError):
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+        # running.
+        iterator._shutdown_workers()
         del iterator
 
 
 def _one_ended(workers: list[BaseProcess]) -> bool:
     """Whether a process has ended, or does within a moment: the sockets of a killed one close before it counts as ended."""
-    try:
-        return bool(wait([worker.sentinel for worker in workers], timeout=_ENDING))
-    except RuntimeError:
-        # DataLoader's handler of SIGCHLD was first to see it.
-        return True
+    return bool(wait([worker.sentinel for worker in workers], timeout=_ENDING))
 
 
 def cores_for(workers: int) -> list[int]:
