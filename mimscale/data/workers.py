@@ -73,7 +73,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
                 if not _one_ended(iterator._workers):
                     raise
                 raise ShardError(
-                    f"a data worker process was killed (out of memory?): {error or type(error).__name__}; "
+                    f"a data worker process was killed (out of memory?): {str(error) or type(error).__name__}; "
                     "fewer data workers need less of it"
                 ) from None
             if isinstance(batch, ShardError):
