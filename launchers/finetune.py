@@ -4,7 +4,7 @@
 ``srun`` (one task a GPU) and plain ``python`` (one process). A second start on the same RUN resumes it.
 """
 
-from mimscale.transfer.launch import main
+from mimscale.commands.finetune import main
 
 if __name__ == "__main__":
     main()

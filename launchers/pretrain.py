@@ -4,7 +4,7 @@ The same script runs under ``deepspeed``, ``torchrun``, ``srun`` (one task a GPU
 start on the same RUN resumes it.
 """
 
-from mimscale.training.launch import main
+from mimscale.commands.pretrain import main
 
 if __name__ == "__main__":
     main()

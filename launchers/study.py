@@ -6,7 +6,7 @@ and ``report`` what came out.
 
 import sys
 
-from mimscale.study.launch import main
+from mimscale.commands.study import main
 
 if __name__ == "__main__":
     sys.exit(main())

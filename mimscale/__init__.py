@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load(path, **overrides):
-    """The encoder of a file that ``mimscale export RUN --to safetensors`` wrote; see :func:`mimscale.models.export.load`."""
-    from mimscale.models.export import load as load_encoder
+    """The encoder of a file that ``mimscale export RUN --to safetensors`` wrote; see ``mimscale.models.load``."""
+    from mimscale.models.weights.export import load as load_encoder
 
     return load_encoder(path, **overrides)

@@ -7,49 +7,53 @@ from importlib import import_module
 
 # words -> (module with main(argv) -> exit status, how many of the words it wants to see itself, what it does)
 COMMANDS = {
-    "reconstruct": ("mimscale.training.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
-    "submit": ("mimscale.training.submit", 0, "a recipe as a Slurm job: writes the file, shows it, and queues it"),
-    "status": ("mimscale.training.status", 0, "progress, rate, ETA and health of runs, from another terminal"),
+    "reconstruct": ("mimscale.commands.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
+    "submit": ("mimscale.commands.submit", 0, "a recipe as a Slurm job: writes the file, shows it, and queues it"),
+    "status": ("mimscale.commands.status", 0, "progress, rate, ETA and health of runs, from another terminal"),
     "export": (
-        "mimscale.training.export",
+        "mimscale.commands.export",
         0,
         "write a run's weights for timm, transformers, the released code, or as safetensors",
     ),
-    "plan-memory": ("mimscale.training.plan", 0, "what fits on which GPUs, how long it takes and what it costs"),
+    "plan-memory": (
+        "mimscale.training.planning.zero",
+        0,
+        "what fits on which GPUs, how long it takes and what it costs",
+    ),
     "plan-communication": (
-        "mimscale.training.plan_communication",
+        "mimscale.commands.plan_communication",
         0,
         "bytes between GPUs in a step, and the efficiency to expect, on 8 to 512 of them",
     ),
     "verify-checkpoint": (
-        "mimscale.study.verify_checkpoint",
+        "mimscale.commands.verify_checkpoint",
         0,
         "a released weight's validation loss, l1 and l2, beside the published one",
     ),
-    "evaluate": ("mimscale.transfer.evaluate", 0, "a fine-tuned model's figures on held-out data"),
-    "predict": ("mimscale.transfer.predict", 0, "what a fine-tuned model says of any images"),
+    "evaluate": ("mimscale.commands.evaluate", 0, "a fine-tuned model's figures on held-out data"),
+    "predict": ("mimscale.commands.predict", 0, "what a fine-tuned model says of any images"),
     "probe": ("mimscale.transfer.probe", 0, "linear probe and nearest neighbours on frozen features, in minutes"),
     "bench data": (
-        "mimscale.data.bench",
+        "mimscale.commands.bench.data",
         0,
         "reading and decoding against ImageFolder, webdataset and the decoder's limit",
     ),
     "bench step": (
-        "mimscale.training.bench",
+        "mimscale.commands.bench.step",
         1,
         "a training step against timm's SwinV2 and the machine's matrix products",
     ),
     "bench communication": (
-        "mimscale.training.traffic",
+        "mimscale.commands.bench.communication",
         0,
         "bytes that ranks exchange in real steps, against the model of docs/scaling.md",
     ),
     "bench save": (
-        "mimscale.training.bench_save",
+        "mimscale.commands.bench.save",
         0,
         "how long a step waits for a checkpoint, beside training and in line",
     ),
-    "bench memory": ("mimscale.training.bench", 1, "activation memory, bytes an image"),
+    "bench memory": ("mimscale.commands.bench.step", 1, "activation memory, bytes an image"),
 }
 
 

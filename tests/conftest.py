@@ -58,9 +58,8 @@ def photographs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def solar_shards(solar_folders, tmp_path_factory) -> Path:
     """Shards of ``solar_folders``, at most 20 photographs in a tar; read only."""
-    from image_folder import ImageFolder
-
-    from mimscale.data import writer
+    from mimscale.data.build import writer
+    from mimscale.data.build.sources.image_folder import ImageFolder
 
     out = tmp_path_factory.mktemp("solar_shards") / "out"
     source, val = ImageFolder(solar_folders / "train"), ImageFolder(solar_folders / "val")
@@ -71,9 +70,8 @@ def solar_shards(solar_folders, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def photo_shards(photographs, tmp_path_factory) -> Path:
     """Shards of ``photographs``, at most 5 in a tar; read only."""
-    from image_folder import ImageFolder
-
-    from mimscale.data import writer
+    from mimscale.data.build import writer
+    from mimscale.data.build.sources.image_folder import ImageFolder
 
     out = tmp_path_factory.mktemp("photo_shards") / "out"
     writer.build(ImageFolder(photographs), out, options=writer.Options(samples_per_shard=5))

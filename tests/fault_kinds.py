@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 from training_runs import launcher, records
 
-from mimscale.training import launch
+from mimscale.commands import pretrain
 from mimscale.training.checkpoint import Checkpoint, CheckpointError, saved_steps
-from mimscale.training.preemption import REQUEUE_EXIT
+from mimscale.training.faults.preemption import REQUEUE_EXIT
 
 PATIENCE = 240.0
 
@@ -149,7 +149,7 @@ def _rank(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    launch.main(arguments)
+    pretrain.main(arguments)
 
 
 def whole_steps(run: Path) -> list[int]:

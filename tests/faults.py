@@ -36,7 +36,7 @@ import torch._dynamo  # noqa: E402, F401
 from fault_kinds import KINDS, PATIENCE, Outcome, Start, Violation, whole_steps  # noqa: E402
 from training_runs import ROOT, TINY, losses, records, write_config  # noqa: E402
 
-import mimscale.training.pretraining  # noqa: E402, F401
+import mimscale.training.pretraining.task  # noqa: E402, F401
 from mimscale.training.checkpoint import saved_steps, step_name  # noqa: E402
 
 INTERVAL = 4

@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from mimscale.data.tar import END_OF_ARCHIVE, pack_header, padding  # noqa: E402 - the path comes first
+from mimscale.data.shards.tar import END_OF_ARCHIVE, pack_header, padding  # noqa: E402 - the path comes first
 
 CLASSES, IMAGES, LARGEST = 21_841, 14_197_122, 3_047
 

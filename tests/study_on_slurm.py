@@ -33,10 +33,10 @@ import yaml  # noqa: E402
 from slurm_cluster import SlurmCluster, missing, slurm_cluster  # noqa: E402
 from training_runs import ROOT  # noqa: E402
 
-from mimscale.study.graph import build_graph  # noqa: E402
-from mimscale.study.grid import load_study  # noqa: E402
-from mimscale.study.launch import main as launch  # noqa: E402
-from mimscale.study.results import read_json  # noqa: E402
+from mimscale.commands.study import main as launch  # noqa: E402
+from mimscale.study.jobs import build_graph  # noqa: E402
+from mimscale.study.results.result import read_json  # noqa: E402
+from mimscale.study.spec import load_study  # noqa: E402
 
 PAPER = ROOT / "launchers/studies/paper.yaml"
 SCALE = 3125  # of the paper's iterations, one is made here

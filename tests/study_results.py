@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from mimscale.study.results import Result
+from mimscale.study.results.result import Result
 
 SIZES = {"swinv2_s": 50_000_000, "swinv2_b": 90_000_000, "swinv2_l": 200_000_000, "swinv2_h": 650_000_000}
 IMAGES = {"photos_10": 1_000, "photos_20": 2_000, "photos_50": 5_000, "photos_100": 10_000}

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 from mimscale.data.errors import DamagedSample, ShardError
 
 if TYPE_CHECKING:
-    from mimscale.data.index import ShardIndex
-    from mimscale.data.labelled import Erasing, EvaluationStream, LabelledBatch, LabelledStream
-    from mimscale.data.order import SampleOrder
-    from mimscale.data.stream import MIMBatch, MIMStream
-    from mimscale.data.validation import ValidationStream
+    from mimscale.data.shards.index import ShardIndex
+    from mimscale.data.stream.labelled import Erasing, EvaluationStream, LabelledBatch, LabelledStream
+    from mimscale.data.stream.mim import MIMBatch, MIMStream
+    from mimscale.data.stream.order import SampleOrder
+    from mimscale.data.stream.validation import ValidationStream
 
 _HOME = {
-    "Erasing": "labelled",
-    "EvaluationStream": "labelled",
-    "LabelledBatch": "labelled",
-    "LabelledStream": "labelled",
-    "MIMBatch": "stream",
-    "MIMStream": "stream",
-    "SampleOrder": "order",
-    "ShardIndex": "index",
-    "ValidationStream": "validation",
+    "Erasing": "stream.labelled",
+    "EvaluationStream": "stream.labelled",
+    "LabelledBatch": "stream.labelled",
+    "LabelledStream": "stream.labelled",
+    "MIMBatch": "stream.mim",
+    "MIMStream": "stream.mim",
+    "SampleOrder": "stream.order",
+    "ShardIndex": "shards.index",
+    "ValidationStream": "stream.validation",
 }
 
 __all__ = [

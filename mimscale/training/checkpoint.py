@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimscale.training.averaging import AVERAGE
-from mimscale.training.collectives import gather
+from mimscale.training.ranks import gather
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"

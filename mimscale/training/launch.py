@@ -1,16 +1,16 @@
-"""The command line of the launchers: arguments in, one clear message out when they do not fit."""
+"""One start of a training: checks its recipe and configuration, trains, and ends with one clear message where it cannot."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mimscale.training.preemption import REQUEUE_EXIT, Preempted, deafen, listen
+from mimscale.training.faults.preemption import REQUEUE_EXIT, Preempted, deafen, listen
 
 if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe
@@ -42,20 +42,25 @@ def fail(error: BaseException, everywhere: bool, status: int = 1) -> NoReturn:
     os._exit(status)
 
 
-def arguments(program: str, purpose: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a launcher's command line."""
-    parser = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
-    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed configuration (JSON)")
-    parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe (YAML)")
-    parser.add_argument("--output", required=True, metavar="RUN", help="run folder; one that exists is resumed")
-    parser.add_argument(
-        "--check", action="store_true", help="look at the recipe and the configuration, and train nothing"
-    )
-    parser.add_argument("--ranks", type=int, metavar="N", help="with --check: how many there will be")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as train.iterations=1000")
-    return parser.parse_intermixed_args(argv)
+@dataclass(frozen=True)
+class Start:
+    """What a launcher is given.
+
+    Args:
+        recipe: file (YAML).
+        ds_config: DeepSpeed configuration (JSON).
+        output: run folder; one that exists is resumed.
+        overrides: recipe keys, ``key=value``.
+        check: look at recipe and configuration, and train nothing.
+        ranks: with ``check``, how many there will be.
+    """
+
+    recipe: str
+    ds_config: str
+    output: str
+    overrides: tuple[str, ...] = ()
+    check: bool = False
+    ranks: int | None = None
 
 
 def check(recipe: RunRecipe, ds_config: dict[str, Any], ranks: int | None) -> None:
@@ -73,14 +78,14 @@ def check(recipe: RunRecipe, ds_config: dict[str, Any], ranks: int | None) -> No
 
 
 def launch(
-    args: argparse.Namespace,
+    start: Start,
     schema: Callable[[], type[RunRecipe]],
     trainer: Callable[[], Callable[[Any, dict[str, Any], str], Any]],
 ) -> NoReturn:
-    """Check the arguments, then train.
+    """Check what was given, then train.
 
     Args:
-        args: from :func:`arguments`.
+        start: what to train, with what, into which folder.
         schema: gives the kind of recipe.
         trainer: gives ``train(recipe, ds_config, output)``; called once the arguments are known to be good, since what it
             imports takes seconds.
@@ -90,28 +95,28 @@ def launch(
     from mimscale.training.recipe import RecipeError, load_recipe
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides, schema())
-        ds_config = read_ds_config(args.deepspeed_config)
+        recipe = load_recipe(start.recipe, start.overrides, schema())
+        ds_config = read_ds_config(start.ds_config)
         zero_stage(ds_config)
-        if args.check:
-            check(recipe, ds_config, args.ranks)
+        if start.check:
+            check(recipe, ds_config, start.ranks)
     except (RecipeError, DeepSpeedConfigError) as error:
         fail(error, everywhere=True)
-    if args.check:
+    if start.check:
         sys.exit(0)
 
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
     from mimscale.training.engine import OneRankError, TrainingError
-    from mimscale.training.watchdog import lost_rank, note_end
+    from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
         if not everywhere or int(os.environ.get("RANK", "0")) == 0:
-            note_end(Path(args.output) / "heartbeat", state, str(error))
+            note_end(Path(start.output) / "heartbeat", state, str(error))
         fail(error, everywhere, status)
 
     try:
-        trainer()(recipe, ds_config, args.output)
+        trainer()(recipe, ds_config, start.output)
     except (RecipeError, DeepSpeedConfigError, ShardError) as error:
         fail(error, everywhere=True)  # nothing has begun
     except (CheckpointError, TrainingError) as error:
@@ -121,7 +126,7 @@ def launch(
     except (OneRankError, OSError) as error:
         end(error, everywhere=False)
     except RuntimeError as error:
-        message = lost_rank(Path(args.output) / "heartbeat", error)
+        message = lost_rank(Path(start.output) / "heartbeat", error)
         if message is None:
             raise
         end(TrainingError(message), everywhere=False)
@@ -131,8 +136,8 @@ def launch(
     sys.exit(0)
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """The pre-training launcher."""
+def launch_pretraining(start: Start) -> NoReturn:
+    """Pre-train as ``start`` says, and exit."""
 
     def schema() -> type[RunRecipe]:
         from mimscale.training.recipe import Recipe
@@ -140,8 +145,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         return Recipe
 
     def trainer() -> Callable[[Any, dict[str, Any], str], Any]:
-        from mimscale.training.pretraining import pretrain
+        from mimscale.training.pretraining.task import pretrain
 
         return pretrain
 
-    launch(arguments("pretrain.py", "Pre-train an encoder by masked image modelling.", argv), schema, trainer)
+    launch(start, schema, trainer)

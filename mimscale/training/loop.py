@@ -16,19 +16,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.collectives import first_only, from_first, gather
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
 from mimscale.training.engine import Engine, Ranks, SpoiltError, StepResult, TrainingError, start_ranks, stop_ranks
-from mimscale.training.memory import peak_bytes
+from mimscale.training.faults.preemption import Preempted, StopRequests
+from mimscale.training.faults.spikes import WINDOW, LeftOut, RollBack, SpikeJudge
+from mimscale.training.faults.watchdog import Watchdog
 from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration
 from mimscale.training.pictures import save_png
-from mimscale.training.preemption import Preempted, StopRequests
+from mimscale.training.planning.memory import peak_bytes
+from mimscale.training.ranks import first_only, from_first, gather
 from mimscale.training.run_folder import RunFolder, check_branch, check_resumable, write_beside
-from mimscale.training.saving import Saver
+from mimscale.training.saver import Saver
 from mimscale.training.schedule import learning_rate
-from mimscale.training.spikes import WINDOW, LeftOut, RollBack, SpikeJudge
 from mimscale.training.task import Task, TaskBatch
-from mimscale.training.watchdog import Watchdog
 
 # Of all batches; a run that leaves more out is not to be saved by leaving out.
 MOST_LEFT_OUT = 0.1

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mimscale.models.layers import widens
-from mimscale.training.objective import build_objective
+from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe
 
 # Dense peak TFLOP/s from the makers' data sheets, (bf16, fp32 without TF32); the first name found in the device's counts.

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+from mimscale.resources import LAUNCHERS
+
 MARK = "# ---- nothing below needs an edit"
 
 

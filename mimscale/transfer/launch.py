@@ -1,26 +1,25 @@
-"""The command line of the fine-tuning launcher."""
+"""One start of a fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mimscale.training.launch import arguments, launch
+from mimscale.training.launch import Start, launch
 from mimscale.training.recipe import RunRecipe
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """Fine-tune, as ``launchers/finetune.py`` says."""
-    args = arguments("finetune.py", "Fine-tune an encoder on a task.", argv)
+def launch_finetuning(start: Start) -> NoReturn:
+    """Fine-tune as ``start`` says, and exit."""
 
     def schema() -> type[RunRecipe]:
         from mimscale.transfer.recipe import recipe_schema
 
-        return recipe_schema(args.recipe, args.overrides)
+        return recipe_schema(start.recipe, start.overrides)
 
     def trainer() -> Callable[[Any, dict[str, Any], str], Any]:
         from mimscale.transfer.task import finetune
 
         return finetune
 
-    launch(args, schema, trainer)
+    launch(start, schema, trainer)

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
-from mimscale.training.objective import normalise
+from mimscale.training.pretraining.module import normalise
 from mimscale.training.run_folder import write_beside
-from mimscale.transfer.labels import check_labels
-from mimscale.transfer.trained import FrozenEncoder, frozen_encoder
+from mimscale.transfer.classification.labels import check_labels
+from mimscale.transfer.load import FrozenEncoder, frozen_encoder
 
 # Strengths of the linear classifier's penalty to choose from, and the share of the training images they are chosen on.
 PENALTIES = tuple(10.0**power for power in range(-6, 1))

@@ -27,9 +27,9 @@ from mimscale.training.recipe import (
 
 # task -> (module, class); imported only when it is the one that is asked for.
 TASKS = {
-    "classification": ("mimscale.transfer.classification", "Classification"),
-    "detection": ("mimscale.transfer.detection", "Detection"),
-    "segmentation": ("mimscale.transfer.segmentation", "Segmentation"),
+    "classification": ("mimscale.transfer.classification.task", "Classification"),
+    "detection": ("mimscale.transfer.detection.task", "Detection"),
+    "segmentation": ("mimscale.transfer.segmentation.task", "Segmentation"),
 }
 
 

@@ -24,15 +24,15 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mimscale.models.released import CheckpointMismatch
+from mimscale.models.weights.released import CheckpointMismatch
 from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.engine import Ranks
 from mimscale.training.loop import run
-from mimscale.training.memory import kept_bytes, largest_micro_batch
+from mimscale.training.planning.memory import kept_bytes, largest_micro_batch
 from mimscale.training.task import Task
 from mimscale.transfer.layer_decay import layer_decay_groups
 from mimscale.transfer.recipe import FinetuneRecipe, find_task
-from mimscale.transfer.start import encoder_weights, task_encoder
+from mimscale.transfer.weights import encoder_weights, task_encoder
 
 
 class TransferTask(Task):

@@ -1,0 +1,1 @@
+"""What the ``mimscale`` command and the launchers do: arguments in, words out."""

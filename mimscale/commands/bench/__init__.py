@@ -1,0 +1,1 @@
+"""``mimscale bench``: what this machine reaches, against named rivals."""

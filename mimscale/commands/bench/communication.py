@@ -1,0 +1,188 @@
+"""``mimscale bench communication``: count what collectives carry in real steps, and hold the model of it against that.
+
+Every collective of torch goes through a ``c10d`` operator; a dispatch mode sees the tensors of each, whoever called it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mimscale.resources import RECIPES
+from mimscale.training.ds_config import reconcile, split_batch
+from mimscale.training.engine import Engine, start_ranks, stop_ranks
+from mimscale.training.optimizer import decay_groups
+from mimscale.training.planning.communication import KINDS, Traffic, predict
+from mimscale.training.planning.memory import encoder_blocks, parameter_sizes
+from mimscale.training.pretraining.module import build_objective
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe
+
+# The first steps of ZeRO-3 trace the order of the modules.
+WARM_UP, STEPS = 2, 2
+
+# Parts of the operators' names, in this order: a scattering reduction is a reduction, too.
+_PARTS = (("allgather", "all_gather"), ("reduce_scatter", "reduce_scatter"), ("reduce", "all_reduce"))
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Bytes by collective while the ``with`` block lasts: of the whole tensor that is gathered or reduced.
+
+    ``bytes`` and ``calls`` are kept by kind of collective and number of ranks that take part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[str, int]] = Counter()
+        self.calls: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.partition("::")[2]
+            kind = next((kind for part, kind in _PARTS if part in name), name)
+            # Of a gather the output is the whole, of a scattering reduction the input.
+            size = max(_bytes(argument) for argument in args[:2])
+            group = args[[argument.name for argument in func._schema.arguments].index("process_group")]
+            key = kind, dist.ProcessGroup.unbox(group).size()
+            self.bytes[key] += size
+            self.calls[key] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(argument: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(argument) if isinstance(leaf, Tensor))
+
+
+def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Traffic of one step, counted on this rank and predicted, on noise. Collective."""
+    ranks = start_ranks()
+    split = split_batch(ds_config, recipe.train.global_batch, ranks.world_size, None)
+    config = reconcile(ds_config, recipe, split, ranks.device.type == "cuda")
+    engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
+    side, grid = recipe.data.image_size, recipe.mask_grid
+    images = torch.randint(0, 256, (split.local, 3, side, side), dtype=torch.uint8)
+    mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.hidden).view(split.local, grid, grid)
+    for _ in range(WARM_UP):
+        engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+    with CollectiveCounter() as counter:
+        for _ in range(STEPS):
+            engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+    engine.close()
+    # ZeRO++'s second partition gathers in groups, and nothing else does.
+    group = min(size for _, size in counter.calls)
+    inside = ("all_gather", group) if group < ranks.world_size else None
+    volumes = {kind: counter.bytes[kind, ranks.world_size] / STEPS for kind in KINDS}
+    calls = {kind: counter.calls[kind, ranks.world_size] // STEPS for kind in KINDS}
+    measured = Traffic(
+        ranks.world_size,
+        **volumes,
+        gathered_within=counter.bytes[inside] / STEPS if inside else 0.0,
+        group=group if inside else 1,
+        reductions=calls["all_reduce"] + calls["reduce_scatter"],
+        gathers=calls["all_gather"],
+        gathers_within=counter.calls[inside] // STEPS if inside else 0,
+    )
+    again = recipe.train.activation_checkpointing or "activation_checkpointing" in config
+    blocks = encoder_blocks(recipe) if again else []
+    predicted = predict(parameter_sizes(recipe), config, ranks.world_size, blocks)
+    return {"measured": asdict(measured), "predicted": asdict(predicted)}
+
+
+def _worker(argv: list[str]) -> None:
+    cells, output = json.loads(argv[0]), argv[1]
+    ranks = start_ranks()
+    found = [count_steps(load_recipe(cell["recipe"], cell["overrides"]), cell["config"]) for cell in cells]
+    if ranks.is_first:
+        Path(output).write_text(json.dumps(found))
+    stop_ranks()
+
+
+def measure(cells: list[dict[str, Any]], ranks: int) -> list[tuple[Traffic, Traffic]]:
+    """Traffic (measured, predicted) of every cell ``{"recipe", "overrides", "config"}``, on ``ranks`` processes of this host.
+
+    Raises:
+        RecipeError: the ranks failed; with what they said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        module = ["-m", "mimscale.commands.bench.communication", json.dumps(cells), str(output)]
+        done = subprocess.run([sys.executable, *launcher, *module], capture_output=True, text=True)
+        if done.returncode:
+            raise RecipeError(done.stderr[-2000:])
+        return [(Traffic(**f["measured"]), Traffic(**f["predicted"])) for f in json.loads(output.read_text())]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="mimscale bench communication", description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", metavar="FILE", help="(demo)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes on this host")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages")
+    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 2], help="micro-batches a step")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys")
+    asked = parser.parse_intermixed_args(argv)
+    print("MB a step; within: gathered by half of the ranks among themselves; sent: by each rank, in rings")
+    print(f"{'ranks':>5}{'stage':>26}{'micro-batches':>15}{'all-reduced':>13}{'scattered':>11}{'gathered':>10}{'within':>8}"
+          f"{'sent':>8}{'predicted':>11}{'off by':>8}")  # fmt: skip
+    for ranks in asked.ranks:
+        ways = [(*way, accumulate) for way in _ways(asked.zero, ranks) for accumulate in asked.accumulate]
+        cells = [
+            {
+                "recipe": str(asked.recipe),
+                "overrides": [f"train.global_batch={2 * ranks * accumulate}", *more, *asked.overrides],
+                "config": {
+                    "train_micro_batch_size_per_gpu": 2,
+                    "zero_optimization": zero,
+                    "bf16": {"enabled": asked.bf16},
+                },
+            }
+            for _, zero, more, accumulate in ways
+        ]
+        try:
+            found = measure(cells, ranks)
+        except RecipeError as error:
+            print(f"mimscale: error: {error}", file=sys.stderr)
+            return 1
+        for (name, *_, accumulate), (measured, predicted) in zip(ways, found, strict=True):
+            volumes = measured.all_reduce, measured.reduce_scatter, measured.all_gather, measured.gathered_within
+            a, s, g, w, sent, said = (volume / 1e6 for volume in (*volumes, measured.sent, predicted.sent))
+            print(f"{ranks:>5}{name:>26}{accumulate:>15}{a:>13.2f}{s:>11.2f}{g:>10.2f}{w:>8.2f}{sent:>8.2f}{said:>11.2f}"
+                  f"{said / sent - 1:>8.1%}")  # fmt: skip
+    return 0
+
+
+def _ways(stages: list[int], ranks: int) -> list[tuple[str, dict[str, int], list[str]]]:
+    """What is counted: name, ``zero_optimization`` and recipe keys."""
+    found: list[tuple[str, dict[str, int], list[str]]] = [(str(stage), {"stage": stage}, []) for stage in stages]
+    if 3 not in stages:
+        return found
+    # As it comes, stage 3 keeps a small model whole from the forward to the backward pass.
+    none_kept = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    some_kept = {"stage": 3, "stage3_max_live_parameters": 700_000, "stage3_prefetch_bucket_size": 100_000}
+    recomputed = ["train.activation_checkpointing=true"]
+    found += [
+        ("3, none kept", none_kept, []),
+        ("3, none kept, recomputed", none_kept, recomputed),
+        ("3, some kept, recomputed", some_kept | {"stage3_max_reuse_distance": 700_000}, recomputed),
+    ]
+    if ranks > 2:
+        found.append(("3, none kept, hpZ", none_kept | {"zero_hpz_partition_size": ranks // 2}, []))
+    return found
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1:])

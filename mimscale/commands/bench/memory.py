@@ -1,0 +1,117 @@
+"""Measure what a few training steps really allocate on a rank, to hold the memory plan against.
+
+Run by ``mimscale bench memory --allocated``, which starts the ranks; every cell is one model in one DeepSpeed
+configuration, trained for a few steps on noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._profiler import _ExtraFields_Allocation
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mimscale.training.ds_config import reconcile, split_batch
+from mimscale.training.engine import Engine, Ranks, start_ranks, stop_ranks
+from mimscale.training.optimizer import decay_groups
+from mimscale.training.planning.memory import rank_memory
+from mimscale.training.pretraining.module import build_objective
+from mimscale.training.recipe import Recipe, load_recipe
+
+STEP = "mimscale: one step"
+
+
+def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, began: Callable[[], None]) -> None:
+    engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
+    local = recipe.train.global_batch // ranks.world_size
+    generator = torch.Generator().manual_seed(ranks.rank)
+    side, grid = recipe.data.image_size, recipe.mask_grid
+    images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8, generator=generator)
+    order = torch.rand(local, grid**2, generator=generator).argsort(1)
+    mask = (order < recipe.hidden).view(local, grid, grid)
+    for _ in range(steps):
+        began()
+        with record_function(STEP):
+            engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+    engine.close()
+
+
+def peak_allocated(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int = 5) -> int:
+    """Bytes that torch's allocator held at most on this rank, while the model was built or in a step.
+
+    Of the steps after the first, which can hold less, the one with the lowest peak counts: gloo's threads let go of a
+    bucket a moment after the ranks have gone on, and on a busy machine that moment can last until the next bucket is full.
+    """
+    gc.collect()
+    if ranks.device.type == "cuda":
+        return _peak_on_gpu(recipe, config, ranks, steps)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train(recipe, config, ranks, steps, began=lambda: None)
+        gc.collect()
+    events = profiler.profiler.kineto_results.experimental_event_tree()
+    totals = sorted(_totals(events))
+    _, first_size, first_total = totals[0]
+    spans = sorted((event.start_time_ns, event.end_time_ns) for event in events if event.name == STEP)
+    built = max(total for at, _, total in totals if at < spans[0][0])
+    peaks = [max(total for at, _, total in totals if start <= at <= end) for start, end in spans[1:]]
+    return max(built, min(peaks)) - (first_total - first_size)
+
+
+def _peak_on_gpu(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int) -> int:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    peaks: list[int] = []
+
+    def began() -> None:
+        peaks.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+
+    _train(recipe, config, ranks, steps, began)
+    built, _, *later = [*peaks, torch.cuda.max_memory_allocated()]
+    return max(built, min(later)) - before
+
+
+def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Give time, change and the allocator's own total of every change.
+
+    The total, not a sum of changes: gloo's threads free tensors too, and only the allocator sees those.
+    """
+    for event in events:
+        if isinstance(fields := event.extra_fields, _ExtraFields_Allocation):
+            yield event.start_time_ns, fields.alloc_size, fields.total_allocated
+        yield from _totals(event.children)
+
+
+def main(argv: list[str]) -> None:
+    """Measure every cell of a JSON list, ``{"recipe", "overrides", "config"}`` each, and write the figures as JSON.
+
+    Args:
+        argv: the JSON list, and the file that the first rank writes: ``{"allocated", "planned"}`` bytes for each cell, the
+            rank that took the most.
+    """
+    cells, output = json.loads(argv[0]), argv[1]
+    ranks = start_ranks()
+    figures = []
+    for cell in cells:
+        recipe: Recipe = load_recipe(cell["recipe"], cell["overrides"])
+        split = split_batch(cell["config"], recipe.train.global_batch, ranks.world_size, None)
+        config = reconcile(cell["config"], recipe, split, ranks.device.type == "cuda")
+        peaks: list[int] = [0] * ranks.world_size
+        dist.all_gather_object(peaks, peak_allocated(recipe, config, ranks))
+        planned = rank_memory(recipe, config, ranks.world_size, split.micro)
+        figures.append({"allocated": max(peaks), "planned": planned.total})
+    if ranks.is_first:
+        Path(output).write_text(json.dumps(figures))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

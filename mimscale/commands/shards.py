@@ -1,0 +1,276 @@
+"""Build, check and list shard folders.
+
+python shards/build.py build --source SRC --out OUT [--val SRC]
+python shards/build.py index FOLDER
+python shards/build.py verify OUT
+python shards/build.py list OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mimscale.data import pool
+from mimscale.data.build import writer
+from mimscale.data.build.existing_tars import index_tars
+from mimscale.data.build.job_array import Part, build_part
+from mimscale.data.build.shard_writer import Options
+from mimscale.data.build.sources.annotated_json import AnnotatedJson
+from mimscale.data.build.sources.image_folder import ImageFolder
+from mimscale.data.build.sources.imagenet_archives import ClassTars, PlainTar
+from mimscale.data.build.sources.shard_folder import ShardFolder
+from mimscale.data.errors import ShardError
+from mimscale.data.shards import fractions, store
+from mimscale.data.shards.format import INDEX_NAME, REJECTED_NAME, View
+from mimscale.data.shards.index import ShardIndex, draw_view_classes
+from mimscale.data.shards.verify import verify
+
+_SHOWN_PROBLEMS = 200
+
+
+class Progress:
+    """How far a build is and when it ends: one line that renews itself on a terminal, else one every half minute."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._what, self._began, self._printed = "", 0.0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show ``done`` of ``total``."""
+        now = time.monotonic()
+        if what != self._what:
+            self._end_line()
+            self._what, self._began, self._printed, self._first = what, now, 0.0, done
+        if done < total and now - self._printed < (0.2 if self._terminal else 30):
+            return
+        self._printed = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0
+        line = f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {int(left) // 60} min {int(left) % 60:02} s left"
+        print(
+            f"\r\x1b[K{line}" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        if done >= total:
+            self._end_line()
+            self._what = ""
+
+    def _end_line(self) -> None:
+        if self._terminal and self._what:
+            print(file=sys.stderr)
+
+
+def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
+    """A view from ``NAME=K`` (K classes), ``NAME=K@SEED``, ``NAME=P%`` or ``NAME=P%@SEED`` (P % of each).
+
+    Raises:
+        ShardError: none of these, or more classes than there are.
+    """
+    name, _, amount = text.partition("=")
+    amount, _, own_seed = amount.partition("@")
+    number = amount.removesuffix("%")
+    if not name or not number.isdigit() or (own_seed and not own_seed.isdigit()) or name.isdigit() or name == "val":
+        raise ShardError(
+            f"--subset {text}: write NAME=K or NAME=P%, with @SEED after it for another draw; "
+            "NAME is not a number and not val"
+        )
+    seed = int(own_seed) if own_seed else seed
+    if amount.endswith("%"):
+        if not 0 < int(number) <= 100:
+            raise ShardError(f"--subset {text}: {amount} is not between 1% and 100%")
+        return name, View(seed, percent=int(number))
+    return name, View(seed, classes=draw_view_classes(int(number), classes, seed))
+
+
+def open_source(
+    path: Path, labels: Path | None = None, fraction: str | None = None, default: str = "100"
+) -> writer.Source:
+    """Whatever ``path`` is, as a source: a shard folder, class tars in a folder or an archive, a tar, an image folder, a json.
+
+    Raises:
+        ShardError: it is none of these, or damaged.
+    """
+    if path.is_dir():
+        if (path / INDEX_NAME).exists():
+            return ShardFolder(path, fraction or default)
+        if fraction:
+            raise ShardError(f"--fraction {fraction}: {path} is no shard folder")
+        if any(entry.suffix == ".tar" for entry in path.iterdir()):
+            return ClassTars(path)
+        return ImageFolder(path)
+    if not path.exists():
+        raise ShardError(f"{path}: no such file or folder")
+    if path.suffix == ".json":
+        return AnnotatedJson(path)
+    if labels is None:
+        try:
+            return ClassTars(path)
+        except ShardError as error:
+            if "no class tars" not in str(error):
+                raise
+    return PlainTar(path, labels)
+
+
+def _build(options: argparse.Namespace) -> int:
+    source = open_source(options.source, fraction=options.fraction)
+    val = open_source(options.val, options.val_labels, default="val") if options.val else None
+    percents: tuple[int, ...] = fractions.FRACTIONS
+    if isinstance(source, ShardFolder):
+        percents = source.percents
+        if val is None and "val" in source.index.fractions:
+            val = ShardFolder(options.source, "val")
+    views = dict(parse_view(text, options.seed, len(source.classes)) for text in options.subset)
+    how: dict[str, Any] = {
+        "val": val,
+        "options": Options(options.samples_per_shard, options.seed, options.resize_shorter, options.store),
+        "percents": percents,
+        "views": views,
+        "workers": options.workers,
+        "report": Progress(),
+    }
+    if options.part is None:
+        index = writer.build(source, options.out, **how)
+    else:
+        part = Part.parse(options.part)
+        found, left = build_part(part, source, options.out, **how)
+        if found is None:
+            print(f"part {part.number}/{part.count} is written; other parts have {left} shards to write, and the index")
+            return 0
+        index = found
+    _list(options)
+    if index.rewritten:
+        print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
+    if index.rejected:
+        print(
+            f"{index.rejected} files could not be decoded, or had no class, and were left out: "
+            f"{options.out / REJECTED_NAME} names them"
+        )
+    if empty := _empty_classes(options.out):
+        print(f"{len(empty)} of {len(index.classes)} classes have no training image: {', '.join(empty[:10])}")
+    return 0
+
+
+def _empty_classes(out: Path) -> list[str]:
+    index = ShardIndex.load(out)
+    present = set(index.labels(index.samples(index.largest_fraction)).tolist())
+    return [name for label, name in enumerate(index.classes) if label not in present]
+
+
+def _index(options: argparse.Namespace) -> int:
+    index_tars(options.out, options.seed, options.workers, Progress())
+    return _list(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems = verify(options.out, options.workers, Progress())
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        print(problem)
+    if problems:
+        if len(problems) > _SHOWN_PROBLEMS:
+            print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
+        print(f"{options.out}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    index = ShardIndex.load(options.out)
+    print(f"{options.out}: {len(index):,} samples in {len(index.shards):,} shards, all as the index says")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    index = ShardIndex.load(options.out)
+    print(f"{'fraction':<12}{'images':>12}{'classes':>10}{'shards':>8}{'bytes':>20}")
+    for row in index.summary():
+        print(f"{row['fraction']:<12}{row['images']:>12,}{row['classes']:>10,}{row['shards']:>8,}{row['bytes']:>20,}")
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    cores = pool.usable_cores()
+
+    build = commands.add_parser("build", help="write shards from images; goes on where a killed build was")
+    build.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help="training images: a folder of class folders, or flat; an archive of class tars, or a folder of them; "
+        "a json of images, annotations and categories; a shard folder",
+    )
+    build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")
+    build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a flat tar given as --val")
+    build.add_argument("--fraction", help="of a shard folder given as --source: which of its fractions to take")
+    build.add_argument(
+        "--samples-per-shard", type=_at_least_one, default=1000, help="at most this many in a tar (1000)"
+    )
+    build.add_argument(
+        "--resize-shorter", type=_at_least_one, metavar="PX", help="re-encode images whose shorter side is longer"
+    )
+    build.add_argument(
+        "--store",
+        choices=(store.BYTES, store.PIXELS),
+        default=store.BYTES,
+        help=f"bytes: as they came; pixels: decoded, shorter side at most {store.PIXEL_STORE_SHORTER} or --resize-shorter",
+    )
+    build.add_argument(
+        "--workers", type=_at_least_one, default=cores, help=f"processes ({cores}); the result is the same with any"
+    )
+    build.add_argument(
+        "--part",
+        metavar="K/N@ID",
+        help="write the K-th of N parts; parts with one ID run side by side, and the last to end writes the index",
+    )
+    build.add_argument("--seed", type=int, default=0, help="decides fractions and order (0)")
+    build.add_argument(
+        "--subset",
+        action="append",
+        default=[],
+        metavar="NAME=K",
+        help="a view of K classes; NAME=P%%@SEED: of P %% of each",
+    )
+    build.set_defaults(run=_build)
+
+    scan = commands.add_parser("index", help="make a folder of WebDataset tars from elsewhere readable, where it lies")
+    scan.add_argument("out", type=Path, help="the folder; gets an index beside its tars")
+    scan.add_argument("--workers", type=_at_least_one, default=cores)
+    scan.add_argument("--seed", type=int, default=0, help="decides the fractions (0)")
+    scan.set_defaults(run=_index)
+
+    check = commands.add_parser("verify", help="read every byte and name what is damaged")
+    check.add_argument("out", type=Path)
+    check.add_argument("--workers", type=_at_least_one, default=cores)
+    check.set_defaults(run=_verify)
+
+    show = commands.add_parser("list", help="the fractions: images, classes, shards, bytes")
+    show.add_argument("out", type=Path)
+    show.set_defaults(run=_list)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ShardError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    return 1

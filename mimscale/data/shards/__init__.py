@@ -1,0 +1,1 @@
+"""What a shard folder is: its format, its index, its tars, near or remote."""

@@ -1,0 +1,123 @@
+"""Batches for masked image modelling: the rank's share of every global batch, augmented and masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Unpack
+
+import torch
+
+from mimscale.data import draws
+from mimscale.data.shards.index import ShardIndex
+from mimscale.data.stream.crops import CropArguments, CropStream
+
+PATCH = 32
+MASK_RATIO = 0.6
+
+
+@dataclass
+class MIMBatch:
+    """One rank's share of one global batch.
+
+    Attributes:
+        step: which global batch.
+        images: uint8 (b, 3, S, S), channels innermost in memory (``torch.channels_last``).
+        mask: bool (b, g, g), True = hidden.
+        keys: the samples' keys; where a damaged sample was replaced, the replacement's.
+        positions: int64 (b,), ``step * global_batch + i``.
+        draw_keys: int64 (b,), non-negative; what the model keys its own draws to.
+        valid: bool (b,); False where a validation batch was filled up.
+        skipped: (key, reason) of the damaged samples met on the way.
+    """
+
+    step: int
+    images: torch.Tensor
+    mask: torch.Tensor
+    keys: list[str]
+    positions: torch.Tensor
+    draw_keys: torch.Tensor
+    valid: torch.Tensor
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> MIMBatch:
+        """The same batch in page-locked memory, for copies that do not wait."""
+        for name in ("images", "mask", "positions", "draw_keys", "valid"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+
+def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tuple[int, int]:
+    """(cells a side, hidden cells), with SimMIM's defaults: cells of 32 pixels, 60 % rounded up.
+
+    Raises:
+        ValueError: the grid does not fit.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} must be at least 1")
+    if mask_grid is None:
+        if image_size % PATCH:
+            raise ValueError(f"image_size={image_size} is no multiple of {PATCH}; give mask_grid")
+        mask_grid = image_size // PATCH
+    cells = mask_grid * mask_grid
+    if hidden is None:
+        # In hundredths: 0.6 has no exact float, and ceil(0.6 * 25) must be 15.
+        hidden = -(-round(MASK_RATIO * 100) * cells // 100)
+    if mask_grid < 1 or not 0 <= hidden <= cells:
+        raise ValueError(f"hidden={hidden} of a {mask_grid} x {mask_grid} grid is not possible")
+    return mask_grid, hidden
+
+
+class MIMStream(CropStream):
+    """Iterates over a run's masked batches, one a step, for ever or up to ``stop_step``.
+
+    Masks are keyed to a sample's position in the run, as its crop is. Arguments not listed are those of
+    :class:`CropStream`; crops are SimMIM's unless told otherwise.
+
+    Args:
+        mask_grid: cells a side; default image_size / 32.
+        hidden: hidden cells of each image; default 60 %, rounded up.
+
+    Raises:
+        ValueError: a batch that does not divide, a rank outside the world, or a mask that does not fit.
+        ShardError: no such fraction; while iterating, more damaged samples than ``max_damaged``.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        fraction: str = "10",
+        seed: int = 0,
+        image_size: int = 192,
+        global_batch: int = 64,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+        *,
+        mask_grid: int | None = None,
+        hidden: int | None = None,
+        **crops: Unpack[CropArguments],
+    ):
+        super().__init__(
+            index, fraction, seed, image_size, global_batch, rank, world_size, start_step, workers, **crops
+        )  # fmt: skip
+        self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
+
+    def batch(self, step: int) -> MIMBatch:
+        """The rank's share of global batch ``step``: a pure function.
+
+        Raises:
+            ShardError: a sample is damaged and so are the ``max_damaged`` after it, or a tar cannot be opened.
+        """
+        positions = self.positions(step)
+        images, samples, skipped = self.crops(positions)
+        return MIMBatch(
+            step,
+            images,
+            torch.from_numpy(draws.hidden_masks(self.seed, positions, self.mask_grid, self.hidden)),
+            self.index.keys(samples),
+            torch.from_numpy(positions),
+            torch.from_numpy(draws.draw_keys(self.seed, positions)),
+            torch.ones(len(positions), dtype=torch.bool),
+            skipped,
+        )

@@ -1,0 +1,1 @@
+"""Encoders' weights, in and out."""

@@ -1,0 +1,1 @@
+"""What results come to: overfitting, laws, predictions."""

@@ -1,0 +1,1 @@
+"""A study's figures, tables and findings, on one page."""

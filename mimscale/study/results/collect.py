@@ -1,0 +1,203 @@
+"""From run folders to results: every number that the report shows, and the folder it came from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimscale.data import ShardError, ShardIndex
+from mimscale.models.sizes import SWIN_SIZES
+from mimscale.study.folder import Record, StudyFolder
+from mimscale.study.jobs import Job
+from mimscale.study.results.result import Point, Result, Status, write_json
+from mimscale.study.spec import Study, StudyError
+from mimscale.training.metrics import MetricsLog, flops_per_image
+from mimscale.training.pretraining.module import build_objective
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
+from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.transfer.weights import task_encoder
+
+# A result's scores, by what they are called in a fine-tuning's last validation.
+SCORE_KEYS = {"val_top1": "top1", "val_box_ap": "ap_box", "val_mask_ap": "ap_mask", "val_miou": "miou"}
+CURVE_POINTS = 200
+
+
+def collect(study: Study, jobs: dict[str, Job]) -> list[Result]:
+    """Results of all jobs, those that have none among them, and ``results.json`` with the same.
+
+    Raises:
+        StudyError: run folders of another recipe, or half-written results; nothing is written then.
+    """
+    folder = StudyFolder(study)
+    folder.check(jobs, shards=False)
+    results = [result_of(job, jobs, folder) for job in jobs.values()]
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(results, folder.results)
+    return results
+
+
+def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: bool = True) -> Result:
+    """What one job came to."""
+    origin = job
+    while origin.launcher == "finetune" and origin.start:
+        origin = jobs[origin.start.job]
+    recipe = origin.recipe
+    assert isinstance(recipe, Recipe)
+    found, record = folder.result(job), folder.record(job)
+    about: dict[str, Any] = {**_about(folder.study, origin, recipe), "task": job.task}
+    if job.launcher == "finetune":
+        about["start"] = origin.id
+        last = (found or {}).get("validation") or {}
+        about["scores"] = {score: last[key] for key, score in SCORE_KEYS.items() if key in last}
+    elif found:
+        last = found["validation"] or {}
+        about |= {key: last.get(key) for key in ("val_loss", "val_loss_l1", "val_loss_l2")}
+        about["train_loss"] = found["train_loss"]
+    if job.launcher == "pretrain" and with_curve:
+        about["curve"] = tuple(curve(job, jobs, folder))
+    there = folder.run(job).recipe.exists()
+    return Result(
+        cell=job.id,
+        kind=job.launcher,
+        model=job.model,
+        dataset=job.dataset,
+        iterations=job.length,
+        seed=job.seed,
+        run=str(folder.run(job).path) if there else None,
+        recipe=job.digest,
+        status=_status(found, record, there),
+        note=record.note or record.verdict,
+        **about,
+    )
+
+
+def _status(found: dict[str, Any] | None, record: Record, there: bool) -> Status:
+    if found:
+        return "done"
+    if record.state == "failed":
+        return "failed"
+    if record.state == "stopped":
+        return "stopped"
+    return "running" if there else "missing"
+
+
+def _about(study: Study, job: Job, recipe: Recipe) -> dict[str, Any]:
+    dataset = study.datasets[job.dataset]
+    images, classes = _counted(study.shards[dataset.shards], dataset.fraction) or (dataset.images, dataset.classes)
+    parameters, total, flops = sizes(recipe)
+    return {
+        "parameters": parameters,
+        "total_parameters": total,
+        "architecture": _architecture(recipe),
+        "flops_per_image": float(flops),
+        "images": images,
+        "classes": classes,
+        "global_batch": recipe.train.global_batch,
+        "objective": recipe.mim.objective,
+        "decoder": recipe.mim.decoder,
+        "sampling": dataset.sampling,
+    }
+
+
+@lru_cache(maxsize=256)
+def _counted(shards: str | None, fraction: str) -> tuple[int, int] | None:
+    """(images, classes) of a fraction of shards; ``None`` where they are not at hand."""
+    if shards is None:
+        return None
+    try:
+        index = ShardIndex.load(shards)
+        samples = index.samples(fraction)
+    except ShardError:
+        return None
+    return len(samples), len(set(index.labels(samples).tolist()))
+
+
+def _architecture(recipe: Recipe) -> dict[str, Any]:
+    """Table 1's columns, where the encoder has them."""
+    model, size = recipe.model, SWIN_SIZES.get(recipe.model.name)
+    if size is None:
+        return {}
+    heads = model.num_heads or size.num_heads
+    return {
+        "base_channels": model.embed_dim or size.embed_dim,
+        "depth": "-".join(map(str, model.depths or size.depths)),
+        "heads": "-".join(map(str, heads if isinstance(heads, tuple) else (heads,))),
+        "window": model.window_size,
+    }
+
+
+def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
+    """(encoder's parameters, all parameters, FLOPs of one training image), counted on the meta device.
+
+    Of a fine-tuning the encoder's alone are counted: heads for detection and segmentation come on top.
+
+    Raises:
+        StudyError: the recipe's sizes do not fit together.
+    """
+    values = recipe.model_dump(mode="json")
+    kept = {key: values[key] for key in ("task", "fidelity", "model", "mim", "data") if key in values}
+    kept["data"] = {key: value for key, value in kept["data"].items() if key not in ("shards", "fraction", "workers")}
+    return _sizes(json.dumps(kept), type(recipe))
+
+
+@lru_cache(maxsize=256)
+def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
+    values = json.loads(text)
+    recipe = resolve(values, "the study", schema)
+    try:
+        if isinstance(recipe, Recipe):
+            with torch.device("meta"):
+                objective = build_objective(recipe)
+            return _count(objective.encoder), _count(objective), flops_per_image(recipe)
+        assert isinstance(recipe, FinetuneRecipe)
+        size = values["data"]["image_size"]
+        with torch.device("meta"):
+            encoder = task_encoder(recipe)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder.eval()(torch.empty(1, 3, size, size))
+        return _count(encoder), _count(encoder), 3 * counter.get_total_flops()
+    except RecipeError as error:
+        raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:
+    """A pre-training's losses from its first step, over the trunk that it left.
+
+    Returns:
+        (step, mean training loss since the point before, validation loss): a point for each validation, or where there
+        are none, at most 200 with training losses alone.
+    """
+    records: list[dict[str, Any]] = []
+    end: int | None = None
+    link: Job | None = job
+    while link is not None:
+        own = [r for r in MetricsLog(folder.run(link).metrics).read() if end is None or r["step"] <= end]
+        records = own + records
+        end = link.start.step if link.start else None
+        link = jobs[link.start.job] if link.start else None
+    return thin(records)
+
+
+def thin(records: list[dict[str, Any]]) -> list[Point]:
+    """The curve of ``metrics.jsonl``'s lines; see :func:`curve`."""
+    measured = any("val_loss" in record for record in records)
+    trained = sum("loss" in record for record in records)
+    stride = max(1, trained // CURVE_POINTS)
+    points: list[Point] = []
+    since: list[float] = []
+    for record in records:
+        if "loss" in record:
+            since.append(record["loss"])
+        if "val_loss" in record or (not measured and len(since) == stride):
+            points.append((record["step"], statistics.fmean(since) if since else None, record.get("val_loss")))
+            since = []
+    return points

@@ -1,0 +1,1 @@
+"""What ends or threatens a run: hangs, preemption, losses that spike."""

@@ -1,0 +1,1 @@
+"""Pre-training by masked image modelling: the task, its module, its validation."""

@@ -1,0 +1,326 @@
+"""Classification: the encoder, its features' mean, and a linear head, trained as the paper trains it (section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mimscale.data import EvaluationStream, LabelledStream, ShardError
+from mimscale.data.stream.augment import resize_and_centre_crop
+from mimscale.data.stream.labelled import LabelledBatch
+from mimscale.training.checkpoint import Checkpoint
+from mimscale.training.engine import Engine, OneRankError, Ranks
+from mimscale.training.pretraining.module import normalise
+from mimscale.training.pretraining.task import data_position, open_shards, rank_workers
+from mimscale.training.ranks import gather
+from mimscale.training.recipe import Fraction, Positive, RecipeError, Section
+from mimscale.training.run_folder import check_data
+from mimscale.training.task import TaskBatch, Validated
+from mimscale.transfer.classification.labels import ClassCounts, check_labels
+from mimscale.transfer.classification.mixing import Mixing
+from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
+from mimscale.transfer.classification.scores import TOP, predict, read_ahead, spread
+from mimscale.transfer.recipe import Finetune, FinetuneRecipe
+from mimscale.transfer.task import TransferTask
+from mimscale.transfer.weights import task_encoder
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class LabelledData(Section):
+    """Labelled shards: how training images are augmented, and held-out ones resized and cut.
+
+    ``rand_augment`` is timm's description, ``null`` for none. Held-out images are those of the fraction ``validation``,
+    resized to a shorter side of ``resize_shorter`` (``null``: image_size / 0.875, so 256 for 224) and cut from the centre.
+    """
+
+    shards: str | None = None
+    fraction: Fraction = "100"
+    image_size: Positive = 224
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: Share = 0.25
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    shuffle: Literal["full", "window"] = "full"
+    shuffle_window: Positive = 16
+    cache: str | None = None
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    max_damaged: Annotated[int, Field(ge=0)] = 100
+    validation: str = "val"
+    validation_images: Positive | None = None
+    resize_shorter: Positive | None = None
+
+
+class Mix(Section):
+    """How images and their labels are mixed: alphas of mixup and cutmix (0 for none), and the smoothing of labels."""
+
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images come in pairs."""
+        return bool(self.mixup or self.cutmix)
+
+
+class ClassificationFinetune(Finetune):
+    """``ema``: decay of a moving average of the weights, which is then what is validated and used; ``null`` for none."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class ClassificationRecipe(FinetuneRecipe):
+    """A recipe for classification."""
+
+    free_keys = FinetuneRecipe.free_keys | {"data.validation_images"}
+
+    task: Literal["classification"] = "classification"
+    data: LabelledData = LabelledData()
+    mix: Mix = Mix()
+    finetune: ClassificationFinetune = ClassificationFinetune()
+
+
+class Classifier(nn.Module):
+    """An encoder with its head, on normalised images."""
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        self.encoder = encoder
+        self.loss = SoftTargetCrossEntropy()
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, draw_keys: Tensor | None = None):
+        """Loss of one micro-batch, or logits.
+
+        Args:
+            images: (B, 3, S, S) normalised.
+            targets: (B, classes), rows sum to 1; needed while training.
+            draw_keys: (B,) int64 that drop path is keyed to.
+
+        Returns:
+            While training, the mean cross-entropy (a scalar), in eval mode the logits (B, classes) in a tuple, in fp32.
+        """
+        logits = self.encoder(images, draw_keys=draw_keys).float()
+        return self.loss(logits, targets) if self.training else (logits,)
+
+
+class Classification(TransferTask):
+    """Classification on labelled shards.
+
+    Raises:
+        RecipeError, ShardError: the shards cannot be used, lack the fraction, or have images without a class.
+    """
+
+    schema = ClassificationRecipe
+    metric = "top1"
+
+    recipe: ClassificationRecipe
+
+    def __init__(self, recipe: ClassificationRecipe):
+        super().__init__(recipe)
+        data = recipe.data
+        self.index = open_shards(recipe)
+        self.counts = ClassCounts.of(self.index, data.fraction)
+        self.validated = data.validation in self.index.fractions
+        if self.validated:
+            check_labels(self.index, data.validation)
+        elif data.validation != "val":
+            self.index.samples(data.validation)  # an unknown fraction is an error
+        self.mixing = Mixing(len(self.index.classes), **recipe.mix.model_dump(), erasing=data.erasing)
+        self.average_decay = recipe.finetune.ema
+        ranks, batch = len(gather(None)), recipe.train.global_batch
+        if recipe.mix.mixes and batch % (2 * ranks):
+            raise RecipeError(
+                f"train.global_batch={batch} over {ranks} ranks does not give each an even number of images, which mixing in "
+                f"pairs takes; choose a multiple of {2 * ranks}, or mix.mixup=0 mix.cutmix=0"
+            )
+        self.flops_per_image = 3 * forward_flops(self)
+
+    @override
+    def build(self) -> nn.Module:
+        return Classifier(self.encoder(len(self.index.classes)))
+
+    @classmethod
+    @override
+    def module_of(cls, recipe: ClassificationRecipe, data: dict[str, Any]) -> nn.Module:
+        return Classifier(task_encoder(recipe, len(data["classes"])))
+
+    @classmethod
+    @override
+    def say(
+        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+    ) -> tuple[str, Image.Image | None]:
+        size, settings = recipe.data.image_size, recipe.data
+        crop = resize_and_centre_crop(np.array(image), cls.shorter_side(recipe), size, settings.interpolation)
+        with torch.no_grad():
+            chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
+        best = chances.topk(min(TOP, len(chances)))
+        named = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return ", ".join(f"{data['classes'][index]} {chance:.1%}" for chance, index in named), None
+
+    @staticmethod
+    def shorter_side(recipe: ClassificationRecipe) -> int:
+        """What held-out images are resized to before the centre is cut, pixels."""
+        return recipe.data.resize_shorter or round(recipe.data.image_size / 0.875)
+
+    @override
+    def check_same_classes(self, data: dict[str, Any]) -> None:
+        if list(self.index.classes) != data["classes"]:
+            raise ShardError(
+                f"data.shards={self.recipe.data.shards} has {len(self.index.classes)} classes ("
+                f"{', '.join(self.index.classes[:3])}, ...), but the run was trained on {len(data['classes'])} ("
+                f"{', '.join(data['classes'][:3])}, ...)"
+            )
+
+    @override
+    def describe(self) -> str:
+        data = self.recipe.data
+        return (
+            f"{self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
+            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {self.counts.images.sum()} images "
+            f"({data.fraction}) of {len(self.index.classes)} classes"
+            + (f", {len(self.counts.empty)} of them without an image" if self.counts.empty else "")
+        )
+
+    @override
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        size, classes = self.recipe.data.image_size, len(self.index.classes)
+        return torch.empty(images, 3, size, size), torch.empty(images, classes), torch.zeros(images, dtype=torch.int64)
+
+    @override
+    def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
+        data, train = self.recipe.data, self.recipe.train
+        stream = LabelledStream(
+            self.index,
+            fraction=data.fraction,
+            seed=train.seed,
+            image_size=data.image_size,
+            global_batch=train.global_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=step,
+            workers=rank_workers(data.workers, ranks),
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            interpolation=data.interpolation,
+            rand_augment=data.rand_augment,
+            max_damaged=data.max_damaged,
+            stop_step=train.iterations,
+            shuffle=data.shuffle,
+            window=data.shuffle_window,
+        )
+        try:
+            for batch in stream:
+                images, targets = self.mixing(
+                    self.normalised(batch, ranks.device), batch.labels.to(ranks.device), batch.draw_keys
+                )
+                yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
+        except (ShardError, OSError) as error:
+            raise OneRankError(str(error)) from error
+
+    def normalised(self, batch: LabelledBatch, device: torch.device) -> Tensor:
+        """A batch's images (b, 3, S, S) fp32 on the device, with the recipe's mean and deviation taken out."""
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        images = batch.images.to(device, non_blocking=True)
+        return normalise(images, self.recipe.data.mean, self.recipe.data.std)
+
+    def held_out(self, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> EvaluationStream:
+        """One pass over the held-out images."""
+        data = self.recipe.data
+        stream = EvaluationStream(
+            self.index,
+            data.validation,
+            data.image_size,
+            batch_size,
+            rank,
+            world_size,
+            resize_shorter=self.shorter_side(self.recipe),
+            workers=workers,
+            interpolation=data.interpolation,
+            max_damaged=data.max_damaged,
+        )
+        return spread(stream, data.validation_images)
+
+    @override
+    def validate(self, engine: Engine, step: int) -> Validated | None:
+        if not self.validated:
+            return None
+        ranks = engine.ranks
+        size = self.recipe.train.validate_batch or 2 * engine.micro
+        stream = self.held_out(size, ranks.rank, ranks.world_size, rank_workers(self.recipe.data.workers, ranks))
+        sheet = PredictionSheet(self.index.classes)
+
+        def logits(batch: LabelledBatch) -> Tensor:
+            found = engine.evaluate(self.normalised(batch, ranks.device))[0]
+            if ranks.is_first:
+                sheet.add(batch, found)
+            return found
+
+        found = predict(read_ahead(stream, logits), ranks.device)
+        if found is None:
+            return None
+        record = found.figures(self.counts.shots())
+        text = (
+            f"top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %, loss {record['val_loss']:.4f} "
+            f"on {len(found.labels)} images"
+        )
+        if not ranks.is_first:
+            return Validated(record, text)
+        pictures = {"predictions": sheet.draw(), "confusion": confusion_picture(found, self.index.classes)}
+        return Validated(record, text, pictures)
+
+    @override
+    def data_state(self, step: int) -> dict[str, Any]:
+        data, train = self.recipe.data, self.recipe.train
+        position = data_position(self.index, data.fraction, train.seed, step * train.global_batch)
+        return {**position, "classes": list(self.index.classes)}
+
+    @override
+    def check_data(self, source: Checkpoint) -> None:
+        assert self.recipe.data.shards is not None
+        check_data(source, self.index.content.build, self.recipe.data.shards)
+
+    @override
+    def result(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        found = super().result(records)
+        last = found["validation"] or {}
+        tail = {
+            name: {
+                "classes": int(classes.sum()),
+                "training_images": int(self.counts.images[classes].sum()),
+                "top1": last[f"val_top1_{name}"],
+            }
+            for name, classes in self.counts.shots().items()
+            if f"val_top1_{name}" in last
+        }
+        return {
+            **found,
+            "classes": len(self.index.classes),
+            "classes_without_images": len(self.counts.empty),
+            "long_tail": tail or None,
+        }
+
+
+def forward_flops(task: Classification) -> int:
+    """Floating-point operations of one image's forward pass, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = task.recipe.data.image_size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.build().eval()(torch.empty(1, 3, size, size))
+    return counter.get_total_flops()

@@ -1,0 +1,1 @@
+"""Fine-tuning for detection and instance segmentation."""

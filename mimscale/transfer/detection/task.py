@@ -1,0 +1,222 @@
+"""Detection and instance segmentation: Mask R-CNN on data in COCO's form, trained as the paper trains it (section 3.5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+from torch import nn
+from typing_extensions import override
+
+from mimscale.data import ShardError
+from mimscale.training.engine import Engine
+from mimscale.training.ranks import gather
+from mimscale.training.recipe import Positive, RecipeError, Section
+from mimscale.training.task import Validated
+from mimscale.transfer.dense.scaling import fill
+from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, stage_widths
+from mimscale.transfer.detection.coco import Instances, read_instances
+from mimscale.transfer.detection.images import STRIDE, DetectionImages, at_test_size
+from mimscale.transfer.detection.mask_rcnn import DetectionHeads, MaskRCNN, Sizes
+from mimscale.transfer.detection.pictures import LEAST, DetectionSheet, drawn, drawn_detections
+from mimscale.transfer.detection.scores import coco_figures, detect
+
+
+class DetectionData(DenseData):
+    """Folders of images and their annotations in COCO's form.
+
+    ``images``, ``validation``: folders; ``annotations``, ``validation_annotations``: files such as COCO's
+    instances_train2017.json. Training: large-scale jitter by factors of ``jitter``, crops of ``image_size``. Evaluation: the
+    shorter side ``test_size[0]`` or the longer one ``test_size[1]``, whichever is reached first.
+    """
+
+    image_size: Positive = 1024
+    jitter: tuple[float, float] = (0.1, 2.0)
+    test_size: tuple[Positive, Positive] = (800, 1333)
+
+
+class Detector(Section):
+    """The heads: widths, side of the anchors of each level in pixels, how many are sampled, kept and found in an image."""
+
+    channels: Positive = 256
+    hidden: Positive = 1024
+    anchors: tuple[Positive, Positive, Positive, Positive, Positive] = (32, 64, 128, 256, 512)
+    anchors_sampled: Positive = 256
+    proposals: Positive = 1000
+    proposals_sampled: Positive = 512
+    detections: Positive = 100
+    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class DetectionRecipe(DenseRecipe):
+    """A recipe for detection."""
+
+    data_places: ClassVar[dict[str, str]] = {"images": "FOLDER", "annotations": "FILE, in COCO's form"}
+
+    task: Literal["detection"] = "detection"
+    data: DetectionData = DetectionData()
+    detector: Detector = Detector()
+
+    @model_validator(mode="after")
+    def _crops_are_whole_cells(self) -> DetectionRecipe:
+        size = self.data.image_size
+        if size % STRIDE:
+            raise PydanticCustomError(
+                "image_size",
+                "data.image_size={size} is not a multiple of {stride}; {fits} is",
+                {"size": size, "stride": STRIDE, "fits": max(STRIDE, round(size / STRIDE) * STRIDE)},
+            )
+        return self
+
+
+class Detection(DenseTask):
+    """Detection and instance segmentation."""
+
+    schema = DetectionRecipe
+    metric = "box_ap"
+
+    recipe: DetectionRecipe
+    images: DetectionImages
+    held_out: DetectionImages | None
+
+    def __init__(self, recipe: DetectionRecipe):
+        super().__init__(recipe)
+        data = recipe.data
+        recipe.check_data_places()
+        assert data.images is not None and data.annotations is not None
+        self.images = self._split(data.images, data.annotations, keep_empty=False)
+        self.classes = self.images.instances.classes
+        self.held_out = None
+        if data.validation is not None and data.validation_annotations is not None:
+            self.held_out = self._split(data.validation, data.validation_annotations, keep_empty=True)
+            self._check_same_categories(self.held_out.instances)
+        elif data.validation is not None or data.validation_annotations is not None:
+            raise RecipeError("data.validation=FOLDER and data.validation_annotations=FILE go together")
+        self.flops_per_image = 3 * forward_flops(self)
+
+    def _split(self, folder: str, file: str, keep_empty: bool) -> DetectionImages:
+        data = self.recipe.data
+        instances = read_instances(Path(file), Path(folder), keep_empty)
+        return DetectionImages(instances, data.image_size, data.jitter, data.flip, data.test_size, fill(data.mean))
+
+    def _check_same_categories(self, held_out: Instances) -> None:
+        ours, theirs = self.images.instances, held_out
+        if (ours.categories, ours.classes) != (theirs.categories, theirs.classes):
+            differing = set(zip(ours.categories, ours.classes, strict=True)) ^ set(
+                zip(theirs.categories, theirs.classes, strict=True)
+            )
+            some = ", ".join(f"{number} {name}" for number, name in sorted(differing)[:5])
+            raise ShardError(f"{ours.file} and {theirs.file} do not list the same categories: {some}")
+
+    @classmethod
+    @override
+    def heads(cls, recipe: DetectionRecipe, classes: int) -> DetectionHeads:
+        return DetectionHeads(stage_widths(recipe), classes, Sizes(**recipe.detector.model_dump()))
+
+    @classmethod
+    @override
+    def join(cls, recipe: DetectionRecipe, encoder: nn.Module, heads: nn.Module) -> MaskRCNN:
+        return MaskRCNN(encoder, heads, recipe.data.mean, recipe.data.std)  # type: ignore[arg-type]
+
+    @override
+    def describe(self) -> str:
+        instances = self.images.instances
+        objects = instances.objects_of_classes()
+        empty = [name for name, count in zip(self.classes, objects.tolist(), strict=True) if not count]
+        left_out = instances.left_out
+        return (
+            f"Mask R-CNN on {self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
+            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {objects.sum()} objects of {len(self.classes)} classes "
+            f"in {len(instances.names)} images"
+            + (f", left out: {', '.join(f'{n} {what}' for what, n in left_out.items())}" if left_out else "")
+            + (f"; classes without an object: {', '.join(empty[:5])}" if empty else "")
+        )
+
+    @override
+    def validate(self, engine: Engine, step: int) -> Validated | None:
+        if self.held_out is None:
+            return None
+        instances, ranks = self.held_out.instances, engine.ranks
+        sheet = DetectionSheet()
+        entries: list[dict[str, Any]] = []
+        seen: list[int] = []
+        for image in self.held_out_stream(ranks):
+            number = image.number
+            size = (int(instances.sizes[number][0]), int(instances.sizes[number][1]))
+            found = detect(engine.evaluate, image.tensors, size)
+            if not image.valid:
+                continue
+            seen.append(int(instances.ids[number]))
+            entries += found.entries(seen[-1], instances.categories)
+            if ranks.is_first and not sheet.full:
+                pixels = self.held_out.pixels(number)
+                sheet.rows.append((self._true(number, pixels), drawn_detections(pixels, found, self.classes)))
+        gathered = gather((seen, entries))
+        if not ranks.is_first:
+            return Validated({}, "")
+        images = [number for part, _ in gathered for number in part]
+        record = coco_figures(instances.file, [entry for _, part in gathered for entry in part], images)
+        text = (
+            f"box AP {record['val_box_ap']:.2f} (50: {record['val_box_ap50']:.2f}), mask AP {record['val_mask_ap']:.2f} "
+            f"(50: {record['val_mask_ap50']:.2f}) on {len(images)} images"
+        )
+        return Validated(record, text, {"detections": sheet.draw()})
+
+    def _true(self, number: int, pixels: np.ndarray) -> Image.Image:
+        """An image with its true objects."""
+        assert self.held_out is not None
+        boxes, labels, masks = self.held_out.objects(number)
+        return drawn(pixels, boxes, labels, masks.bool(), [self.classes[label - 1] for label in labels.tolist()])
+
+    @classmethod
+    @override
+    def say(
+        cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, image: Image.Image
+    ) -> tuple[str, Image.Image | None]:
+        pixels, settings = np.array(image), recipe.data
+        tensors = at_test_size(pixels, settings.test_size, fill(settings.mean))
+        found = detect(module, tensors, (pixels.shape[0], pixels.shape[1]))
+        sure = found.above(LEAST)
+        named = zip(sure.labels.tolist(), sure.scores.tolist(), sure.boxes.round().long().tolist(), strict=True)
+        text = "; ".join(f"{data['classes'][label - 1]} {score:.1%} at {box}" for label, score, box in named)
+        return text or f"nothing of {LEAST:.0%} or more", drawn_detections(pixels, found, data["classes"])
+
+    @override
+    def result(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        instances = self.images.instances
+        objects = instances.objects_of_classes()
+        return {
+            **super().result(records),
+            "classes": len(self.classes),
+            "classes_without_objects": int((objects == 0).sum()),
+            "images": len(instances.names),
+            "objects": int(objects.sum()),
+            "left_out_of_annotations": instances.left_out,
+        }
+
+
+def forward_flops(task: Detection) -> int:
+    """Floating-point operations of one training image's forward pass, with all proposals that are sampled.
+
+    A quarter of the proposals, the most that may be positive, goes through the mask head.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size, sampled = task.recipe.data.image_size, task.recipe.detector.proposals_sampled
+    channels = task.recipe.detector.channels
+
+    def run(module: Any) -> None:
+        heads = module.heads
+        normed = heads.norms(module.encoder, torch.empty(1, 3, size, size))
+        heads.rpn.head(list(heads.fpn(dict(zip("0123", normed, strict=True))).values()))
+        heads.roi_heads.box_predictor(heads.roi_heads.box_head(torch.empty(sampled, channels, 7, 7)))
+        heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(torch.empty(sampled // 4, channels, 14, 14)))
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(task.build().eval())
+    return counter.get_total_flops()

@@ -1,0 +1,217 @@
+"""Semantic segmentation: UPerNet on data in ADE20K's form, trained as the paper trains it (section 3.5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mimscale.training.engine import Engine
+from mimscale.training.ranks import gather
+from mimscale.training.recipe import Positive, RecipeError, Section
+from mimscale.training.task import Validated
+from mimscale.transfer.dense.scaling import fill
+from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, Share, stage_widths
+from mimscale.transfer.segmentation.images import SegmentationImages, at_test_size
+from mimscale.transfer.segmentation.label_maps import LabelPictures, read_classes
+from mimscale.transfer.segmentation.pictures import SegmentationSheet, coloured, with_legend
+from mimscale.transfer.segmentation.scores import Confusion, slide
+from mimscale.transfer.segmentation.upernet import UPerNet, UPerNetHeads
+
+
+class SegmentationData(DenseData):
+    """Folders of images and of their label pictures (``annotations``): IMAGES/NAME.jpg goes with ANNOTATIONS/NAME.png.
+
+    ``classes``: a file with their names, one a line, or ADE20K's objectInfo150.txt. In label pictures the first class has
+    the value ``first_label``; those of ``ignored_labels`` say nothing (ADE20K: 1 and [0]; train ids such as Cityscapes':
+    0 and [255]). Images are scaled for the shorter side to be ``test_size[0]`` or the longer one ``test_size[1]``, whichever
+    is reached first; for training, times a factor of ``jitter``. Evaluation slides windows of ``image_size`` by ``stride``.
+    Where one class fills more than ``one_class`` of a crop, another place is tried, up to ten times.
+    """
+
+    classes: str | None = None
+    first_label: Annotated[int, Field(ge=0)] = 1
+    ignored_labels: tuple[int, ...] = (0,)
+    image_size: Positive = 640
+    jitter: tuple[float, float] = (0.5, 2.0)
+    photometric_distortion: bool = True
+    one_class: Annotated[float, Field(gt=0, le=1)] = 0.75
+    test_size: tuple[Positive, Positive] = (640, 2560)
+    stride: Positive = 426
+
+
+class Decoder(Section):
+    """UPerNet's width, and the reference recipe's auxiliary head on the map of stride 16; 0 weight leaves it out of the loss."""
+
+    channels: Positive = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    auxiliary_channels: Positive = 256
+    auxiliary_weight: Share = 0.4
+
+
+class SegmentationRecipe(DenseRecipe):
+    """A recipe for semantic segmentation."""
+
+    free_keys = DenseRecipe.free_keys | {"data.classes"}
+
+    data_places: ClassVar[dict[str, str]] = {
+        "images": "FOLDER",
+        "annotations": "FOLDER, with a label picture for each image",
+        "classes": "FILE, with the classes' names",
+    }
+
+    task: Literal["segmentation"] = "segmentation"
+    data: SegmentationData = SegmentationData()
+    decoder: Decoder = Decoder()
+
+
+class Segmentation(DenseTask):
+    """Semantic segmentation."""
+
+    schema = SegmentationRecipe
+    metric = "miou"
+
+    recipe: SegmentationRecipe
+    images: SegmentationImages
+    held_out: SegmentationImages | None
+
+    def __init__(self, recipe: SegmentationRecipe):
+        super().__init__(recipe)
+        data = recipe.data
+        recipe.check_data_places()
+        assert data.images is not None and data.annotations is not None and data.classes is not None
+        self.classes = read_classes(Path(data.classes))
+        self.images = self._split(data.images, data.annotations)
+        self.held_out = None
+        if data.validation is not None and data.validation_annotations is not None:
+            self.held_out = self._split(data.validation, data.validation_annotations)
+        elif data.validation is not None or data.validation_annotations is not None:
+            raise RecipeError("data.validation=FOLDER and data.validation_annotations=FOLDER go together")
+        self.flops_per_image = 3 * forward_flops(self)
+        # Of the last validation.
+        self.last: Confusion | None = None
+        self.damaged: dict[str, str] = {}
+
+    def _split(self, images: str, labels: str) -> SegmentationImages:
+        data = self.recipe.data
+        pictures = LabelPictures.find(
+            Path(images), Path(labels), len(self.classes), data.first_label, data.ignored_labels
+        )
+        return SegmentationImages(
+            pictures,
+            data.image_size,
+            data.jitter,
+            data.flip,
+            data.photometric_distortion,
+            data.one_class,
+            data.test_size,
+            fill(data.mean),
+        )
+
+    @classmethod
+    @override
+    def heads(cls, recipe: SegmentationRecipe, classes: int) -> UPerNetHeads:
+        decoder = recipe.decoder
+        widths = stage_widths(recipe)
+        return UPerNetHeads(widths, classes, decoder.channels, decoder.auxiliary_channels, decoder.dropout)
+
+    @classmethod
+    @override
+    def join(cls, recipe: SegmentationRecipe, encoder: nn.Module, heads: nn.Module) -> UPerNet:
+        return UPerNet(encoder, heads, recipe.data.mean, recipe.data.std, recipe.decoder.auxiliary_weight)  # type: ignore[arg-type]
+
+    @override
+    def describe(self) -> str:
+        alone = self.images.pictures.alone
+        return (
+            f"UPerNet on {self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
+            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {len(self.classes)} classes in "
+            f"{len(self.images.keys)} images"
+            + (
+                f"; left out, since one of image and labels is not there: {len(alone)} ({alone[0]}, ...)"
+                if alone
+                else ""
+            )
+        )
+
+    @override
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        size = self.recipe.data.image_size
+        labels = torch.zeros(images, size, size, dtype=torch.int16)
+        return torch.empty(images, 3, size, size, dtype=torch.uint8), labels, torch.zeros(images, dtype=torch.int64)
+
+    @override
+    def validate(self, engine: Engine, step: int) -> Validated | None:
+        if self.held_out is None:
+            return None
+        data, ranks = self.recipe.data, engine.ranks
+        sheet = SegmentationSheet(self.classes)
+        mine, images = Confusion.none(len(self.classes)), 0
+        skipped: dict[str, str] = {}
+        for held in self.held_out_stream(ranks):
+            skipped.update(held.skipped)
+            image, labels = held.tensors
+            size = (labels.shape[0], labels.shape[1])
+            said = slide(engine.evaluate, image, data.image_size, data.stride, fill(data.mean), size)
+            if not held.valid:
+                continue
+            mine, images = mine.and_image(labels, said), images + 1
+            if ranks.is_first and not sheet.full:
+                sheet.add(self.held_out.pictures.read(held.number)[0], labels.numpy(), said.numpy())
+        parts = gather((mine.pixels, images, skipped))
+        if not ranks.is_first:
+            return Validated({}, "")
+        images = sum(count for _, count, _ in parts)
+        self.damaged = {key: reason for _, _, part in parts for key, reason in part.items()}
+        self.last = Confusion(sum((pixels for pixels, *_ in parts), np.zeros_like(mine.pixels)))
+        record = {**self.last.figures(), "val_images": images}
+        text = (
+            f"mIoU {record['val_miou']:.2f}, {record['val_pixel_accuracy']:.2f} % of the pixels right, "
+            f"{record['val_class_accuracy']:.2f} % of a class's, on {images} images"
+            + "".join(f"; left out {key}: {reason}" for key, reason in list(self.damaged.items())[:3])
+        )
+        return Validated(record, text, {"segmentations": sheet.draw()})
+
+    @classmethod
+    @override
+    def say(
+        cls, recipe: SegmentationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+    ) -> tuple[str, Image.Image | None]:
+        pixels, settings, classes = np.array(image), recipe.data, data["classes"]
+        tested = at_test_size(pixels, settings.test_size)
+        with torch.no_grad():
+            said = slide(module, tested, settings.image_size, settings.stride, fill(settings.mean), pixels.shape[:2])
+        numbers, counts = np.unique(said.numpy(), return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        text = ", ".join(f"{classes[numbers[i]]} {counts[i] / said.numel():.1%}" for i in order)
+        return text, with_legend(coloured(pixels, said.numpy(), len(classes)), numbers[order].tolist(), classes)
+
+    @override
+    def result(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {
+            **super().result(records),
+            "classes": len(self.classes),
+            "images": len(self.images.keys),
+            "left_out_without_pair": self.images.pictures.alone[:100],
+            "left_out_of_validation": self.damaged,
+        }
+        if self.last is not None:
+            ious = zip(self.classes, self.last.ious().tolist(), strict=True)
+            found["iou"] = {name: None if np.isnan(iou) else iou for name, iou in ious}
+        return found
+
+
+def forward_flops(task: Segmentation) -> int:
+    """Floating-point operations of one crop's forward pass, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = task.recipe.data.image_size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.build().eval()(torch.empty(1, 3, size, size, dtype=torch.uint8))
+    return counter.get_total_flops()

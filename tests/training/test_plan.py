@@ -1,0 +1,75 @@
+"""Memory is planned before anything is queued, and the plan is what a run allocates."""
+
+import json
+import re
+
+import psutil
+import pytest
+import torch
+from training_runs import ENVIRONMENT, ROOT
+
+from mimscale.cli import main
+from mimscale.commands.bench.step import main as bench
+from mimscale.training.ds_config import read_ds_config, zero_stage
+from mimscale.training.planning.memory import peak_bytes
+
+SMALL = ["model.embed_dim=64", "model.num_heads=[2,4,8,16]", "data.image_size=96", "model.window_size=6"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_plan_is_within_a_tenth_of_what_is_allocated(ranks, capsys, monkeypatch):
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    bench(["memory", "--allocated", "--model", "swinv2_s", "--batch", "4", "--ranks", str(ranks), *SMALL])
+    found = re.findall(r"^(\d) +[\d.]+ +[\d.]+ +(-?[\d.]+)%$", capsys.readouterr().out, re.M)
+    assert [stage for stage, _ in found] == ["0", "1", "2", "3"]
+    assert all(abs(float(off)) < 10 for _, off in found), found
+
+
+def test_the_giant_is_planned_on_64_gpus_with_a_configuration_to_use(tmp_path, capsys):
+    config = tmp_path / "ds.json"
+    arguments = ["--model", "swinv2_g", "--zero", "3", "--gpus", "64", "--gpu-memory", "80", "--price", "2"]
+    assert main(["plan-memory", *arguments, "--write", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert "1,072.0 M parameters" in said
+    for stage in ("0 (as 1 in bf16)", "1", "2", "3", "2 + optimizer offloaded", "3 + optimizer and param offloaded"):
+        assert re.search(rf"^{re.escape(stage)} +[\d.]+", said, re.M), stage
+    assert re.search(r"125,000 iterations: +[\d.]+ days, +[\d,]+ GPU-hours, [\d,]+ at 2 a GPU-hour", said)
+    assert zero_stage(read_ds_config(config)) == 3
+    micro = json.loads(config.read_text())["train_micro_batch_size_per_gpu"]
+    assert 2048 // 64 % micro == 0
+
+
+def test_twice_the_mfu_is_half_the_time(capsys):
+    hours = []
+    for mfu in ("0.2", "0.4"):
+        assert main(["plan-memory", "--model", "swinv2_s", "--mfu", mfu, "--iterations", "100000"]) == 0
+        hours.append(float(re.search(r"([\d,]+) GPU-hours", capsys.readouterr().out)[1].replace(",", "")))
+    assert hours[0] == pytest.approx(2 * hours[1], rel=0.02)
+
+
+def test_what_does_not_fit_names_what_would(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan-memory", "--model", "swinv2_g", "--zero", "1", "--gpus", "64", "--gpu-memory", "3"])
+    assert stop.value.code == 1
+    assert re.search(r"ZeRO stage 1 does not fit into 3 GB; ZeRO stage 3.* fits", capsys.readouterr().err)
+
+
+def test_a_shipped_recipe_is_planned_with_its_own_batch(capsys):
+    recipe = str(ROOT / "launchers/recipes/swinv2_b.yaml")
+    assert (
+        main(["plan-memory", "--recipe", recipe, "--gpus", "8", "--checkpointing", "on", "train.global_batch=512"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "every block recomputed, batch 512" in said
+    assert '"activation_checkpointing"' in said
+
+
+def test_the_peak_of_memory_is_what_was_held_at_most():
+    device, more = torch.device("cpu"), 200_000_000
+    before = peak_bytes(device)
+    block = torch.ones(before - psutil.Process().memory_info().rss + more, dtype=torch.uint8)
+    held = peak_bytes(device)
+    assert before + more / 2 < held < before + 2 * more
+    del block
+    assert peak_bytes(device) == held
