@@ -11,7 +11,8 @@ from typing import Any
 from mimscale.data import ShardError
 from mimscale.models.weights.released import load_released
 from mimscale.training.checkpoint import step_name
-from mimscale.training.engine import OneRankError, start_ranks, stop_ranks
+from mimscale.training.engine import start_ranks, stop_ranks
+from mimscale.training.errors import RankLocalError
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import write_beside
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [*args.overrides, *([f"data.shards={args.shards}"] if args.shards else [])]
     try:
         evaluate(args.source, overrides, args.recipe, args.batch, output)
-    except (ValueError, OSError, ShardError, OneRankError) as error:
+    except (ValueError, OSError, ShardError, RankLocalError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,11 +14,11 @@ from torchvision.transforms.v2 import functional as transforms
 from mimscale.data import ShardError, ShardIndex, ValidationStream
 from mimscale.training.checkpoint import CheckpointError, open_newest
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
-from mimscale.training.pretraining.module import Objective, build_objective
+from mimscale.training.pretraining.module import MIMModule, build_objective
 from mimscale.training.recipe import Recipe, RecipeError, resolve
 
 
-def load_run(run: Path, step: int | None = None) -> tuple[Recipe, Objective, int]:
+def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int]:
     """The recipe and the trained model of a run, in eval mode on the CPU.
 
     Args:

@@ -25,7 +25,7 @@ from mimscale.models.weights.released import read_checkpoint
 from mimscale.study.results.published import DATASETS, published
 from mimscale.study.results.release_names import read_name
 from mimscale.training.metrics import duration
-from mimscale.training.pretraining.module import Objective, build_objective
+from mimscale.training.pretraining.module import MIMModule, build_objective
 from mimscale.training.pretraining.validation import Validation, validate
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
 
@@ -46,7 +46,7 @@ class _Alone:
 class PlainEvaluator:
     """A model by itself, as :func:`mimscale.training.pretraining.validation.validate` wants it, saying how far it is."""
 
-    def __init__(self, objective: Objective, batch: int, images: int):
+    def __init__(self, objective: MIMModule, batch: int, images: int):
         on_gpu = torch.cuda.is_available()
         self.ranks = _Alone(torch.device("cuda" if on_gpu else "cpu"))
         self.module: nn.Module = objective.eval().to(self.ranks.device)

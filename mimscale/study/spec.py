@@ -141,7 +141,7 @@ class Study(Section):
     speed: Speed = Speed()
     local: Local = Local()
     slurm: Slurm = Slurm()
-    stop_doomed: bool = False
+    stop_overfitting: bool = False
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:

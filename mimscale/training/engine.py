@@ -30,6 +30,8 @@ from deepspeed.utils import groups as process_groups
 
 from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
+from mimscale.training.errors import CorruptedUpdateError, TrainingError
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
 from mimscale.training.rendezvous import interface, rendezvous
 
@@ -37,42 +39,6 @@ from mimscale.training.rendezvous import interface, rendezvous
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the cause and what to do.
-
-    Attributes:
-        ranks: where the cause lies, as far as that is known.
-    """
-
-    def __init__(self, message: str, ranks: tuple[int, ...] = ()):
-        super().__init__(message)
-        self.ranks = ranks
-
-
-class SpoiltError(TrainingError):
-    """An update went wrong after it had reached the weights."""
-
-
-class OneRankError(RuntimeError):
-    """Something that happened to this rank alone, so that this rank has to say it."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among all of them."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that writes logs."""
-        return self.rank == 0
 
 
 # What start_ranks added to the environment, and stop_ranks takes back.
@@ -299,7 +265,7 @@ class Engine:
             grad_norm = self.engine.get_global_grad_norm()
         norm = float(grad_norm if grad_norm is not None else math.nan)
         if not math.isfinite(norm):
-            raise SpoiltError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
+            raise CorruptedUpdateError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
         return StepResult(mean, norm, asked)
 
     @contextlib.contextmanager

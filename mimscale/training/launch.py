@@ -107,7 +107,7 @@ def launch(
 
     from mimscale.data import ShardError
     from mimscale.training.checkpoint import CheckpointError
-    from mimscale.training.engine import OneRankError, TrainingError
+    from mimscale.training.errors import RankLocalError, TrainingError
     from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
@@ -123,7 +123,7 @@ def launch(
         end(error, everywhere=True)
     except Preempted as error:
         end(error, everywhere=True, state="preempted", status=REQUEUE_EXIT)
-    except (OneRankError, OSError) as error:
+    except (RankLocalError, OSError) as error:
         end(error, everywhere=False)
     except RuntimeError as error:
         message = lost_rank(Path(start.output) / "heartbeat", error)

@@ -17,14 +17,15 @@ from torch.utils.tensorboard import SummaryWriter
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
-from mimscale.training.engine import Engine, Ranks, SpoiltError, StepResult, TrainingError, start_ranks, stop_ranks
+from mimscale.training.engine import Engine, StepResult, start_ranks, stop_ranks
+from mimscale.training.errors import CorruptedUpdateError, TrainingError
 from mimscale.training.faults.preemption import Preempted, StopRequests
 from mimscale.training.faults.spikes import WINDOW, LeftOut, RollBack, SpikeJudge
 from mimscale.training.faults.watchdog import Watchdog
 from mimscale.training.metrics import MetricsLog, Progress, device_peak, duration
 from mimscale.training.pictures import save_png
 from mimscale.training.planning.memory import peak_bytes
-from mimscale.training.ranks import first_only, from_first, gather
+from mimscale.training.ranks import Ranks, first_only, from_first, gather
 from mimscale.training.run_folder import RunFolder, check_branch, check_resumable, write_beside
 from mimscale.training.saver import Saver
 from mimscale.training.schedule import learning_rate
@@ -50,7 +51,7 @@ def run(task: Callable[[], Task], ds_config: dict[str, Any], output: str | Path)
     Raises:
         RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: on all ranks alike; the message says
             what to do.
-        OneRankError: reading failed on this rank.
+        RankLocalError: reading failed on this rank.
         Preempted: it was asked to stop and has saved.
     """
     started = not dist.is_initialized()
@@ -232,7 +233,7 @@ class _Run:
             judge = self.judge if known is None else lambda loss: known
             result = self.engine.train_step(batch.tensors, lr, asked, judge, refuse)
         except TrainingError as error:
-            spoilt = isinstance(error, SpoiltError)
+            spoilt = isinstance(error, CorruptedUpdateError)
             if train.on_spike == "stop":
                 raise self._diverged(error, batch.keys) from None
             back = 1 if train.on_spike == "skip" and spoilt else train.rollback_steps

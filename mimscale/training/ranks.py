@@ -1,13 +1,31 @@
-"""Small objects between ranks; without a process group, or alone, they are the identity."""
+"""Where a process stands among the ranks, and small objects between them; alone, these are the identity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes logs."""
+        return self.rank == 0
 
 
 def alone() -> bool:

@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine, Ranks
+from mimscale.training.engine import Engine
 from mimscale.training.pictures import loss_curves
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
 
 
@@ -31,12 +32,27 @@ class TaskBatch:
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationResult:
     """A validation: the figures for ``metrics.jsonl`` (keys ``val_...``), one line to say, pictures by name."""
 
     record: dict[str, float]
     text: str
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Who runs a module on batches: the engine in training, or a plain model.
+
+    ``ranks`` says which of how many it is (``rank``, ``world_size``, ``is_first``) and its ``device``; ``micro`` is the
+    batch it trains with; ``evaluate`` gives the module's eval-mode outputs, each on ``device``.
+    """
+
+    ranks: Ranks
+    micro: int
+    module: nn.Module
+
+    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs in eval mode for one batch."""
 
 
 class Task(ABC):
@@ -68,11 +84,11 @@ class Task(ABC):
         """This rank's share of every global batch from ``step`` on, the first one after ``step`` updates.
 
         Raises:
-            OneRankError: reading failed on this rank.
+            RankLocalError: reading failed on this rank.
         """
 
     @abstractmethod
-    def validate(self, engine: Engine, step: int) -> Validated | None:
+    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
         """Figures on held-out data; ``None`` where there is none. Collective; only the first rank's answer is used."""
 
     @abstractmethod

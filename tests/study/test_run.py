@@ -218,7 +218,7 @@ def test_an_interrupt_saves_what_was_done_and_says_so(solar_shards, tmp_path):
 
 
 def test_a_training_whose_curve_turns_is_ended_and_nothing_is_started_behind_it(solar_folders, tmp_path, capsys):
-    """Validated on negatives of photographs, it gets worse by learning what photographs look like."""
+    """ValidationResult on negatives of photographs, it gets worse by learning what photographs look like."""
     for path in (solar_folders / "val").glob("*/*.png"):
         negative = tmp_path / "negatives" / path.relative_to(solar_folders / "val")
         negative.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def test_a_training_whose_curve_turns_is_ended_and_nothing_is_started_behind_it(
     grid += "train.validate_every: 10, data.validation_images: 8, schedule.warmup: 2, optimizer.lr: 1.0e-3}}"
     out = tmp_path / "study"
     words = (SMOKE, f"shards.photographs={shards}", f"output={out}", "finetune.cells.of.lengths=[4000]")
-    done = study("run", *words, f"pretrain=[{grid}]", "stop_doomed=true")
+    done = study("run", *words, f"pretrain=[{grid}]", "stop_overfitting=true")
     assert done.returncode == 0, done.stdout + done.stderr
     names = ["swinv2_8-cells_100-4000", "swinv2_8-cells_100-8000", "swinv2_8-cells_100-4000-cells"]
     assert re.search(
@@ -244,7 +244,7 @@ def test_a_training_whose_curve_turns_is_ended_and_nothing_is_started_behind_it(
     assert all("validation loss rose" in results[name].note for name in names)
     # What is left of 8,000 steps but for the fine-tuning, which is hundreds of times cheaper
     assert 0 < saved < 1000 and share == pytest.approx(100 * (1 - saved / 7500), abs=2)
-    assert main(["run", *words, f"pretrain=[{grid}]", "stop_doomed=true"]) == 0
+    assert main(["run", *words, f"pretrain=[{grid}]", "stop_overfitting=true"]) == 0
     assert capsys.readouterr().out.startswith("0 of 3 jobs done; 3 stopped in")
 
 

@@ -66,7 +66,7 @@ def overfitted(steps: int, noise: float = 0.0, seed: int = 0) -> list[tuple[int,
 
 
 @pytest.mark.parametrize(("noise", "alarms"), [(0.0, 0), (0.002, 0), (0.01, 1)])
-def test_a_healthy_curve_is_hardly_ever_doomed_however_often_one_looks(noise, alarms):
+def test_a_healthy_curve_is_hardly_ever_condemned_however_often_one_looks(noise, alarms):
     said = 0
     for seed in range(50):
         curve = falling(2000, noise, seed)
@@ -75,7 +75,7 @@ def test_a_healthy_curve_is_hardly_ever_doomed_however_often_one_looks(noise, al
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
-def test_a_curve_that_turns_is_doomed_long_before_its_end(noise):
+def test_a_curve_that_turns_is_stopped_long_before_its_end(noise):
     for seed in range(20):
         curve = overfitted(4000, noise, seed)
         first = next(s for end, (s, _, _) in enumerate(curve, 1) if judge_curve(curve[:end]))
@@ -97,10 +97,12 @@ def test_what_comes_after_the_rate_steps_down_does_not_acquit():
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_a_doomed_run_is_stopped_with_all_that_would_start_from_it_where_the_study_says_so(tmp_path, monkeypatch, stop):
+def test_a_run_bound_to_overfit_is_stopped_with_all_that_would_start_from_it_where_the_study_says_so(
+    tmp_path, monkeypatch, stop
+):
     monkeypatch.chdir(ROOT)
     grid = "{models: [swinv2_8, swinv2_16], datasets: [cells_20], lengths: [2000, 4000, 8000]}"
-    words = (f"pretrain=[{grid}]", f"output={tmp_path}", f"stop_doomed={stop}", "finetune.cells.of.lengths=[4000]")
+    words = (f"pretrain=[{grid}]", f"output={tmp_path}", f"stop_overfitting={stop}", "finetune.cells.of.lengths=[4000]")
     study = load_study("launchers/studies/smoke.yaml", words)
     jobs, folder = build_graph(study), StudyFolder(study)
     running = jobs["swinv2_8-cells_20-4000"]

@@ -12,7 +12,7 @@ from training_runs import ENVIRONMENT, RECIPE, ROOT, TINY, launcher, losses, rec
 from mimscale.data import ShardError, ShardIndex
 from mimscale.training.checkpoint import CheckpointError, saved_steps
 from mimscale.training.ds_config import DeepSpeedConfigError
-from mimscale.training.engine import OneRankError, TrainingError
+from mimscale.training.errors import RankLocalError, TrainingError
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 
@@ -174,7 +174,7 @@ def test_a_damaged_image_is_skipped_counted_and_named(tmp_path, copied_shards, c
     assert set(result["skipped"]) == keys
     said = capfd.readouterr().out
     assert all(key in said for key in keys)
-    with pytest.raises(OneRankError, match="damaged"):
+    with pytest.raises(RankLocalError, match="damaged"):
         train(
             tmp_path / "strict",
             f"data.shards={copied_shards}",

@@ -8,9 +8,9 @@ from training_runs import ROOT, TINY, losses, records
 
 from mimscale.data.draws import draw_key
 from mimscale.training.checkpoint import Checkpoint, CheckpointError, remove_after, saved_steps
-from mimscale.training.engine import TrainingError
+from mimscale.training.errors import TrainingError
 from mimscale.training.faults import spikes
-from mimscale.training.pretraining.module import Objective
+from mimscale.training.pretraining.module import MIMModule
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import load_recipe
 
@@ -32,7 +32,7 @@ def train(shards, alone, tmp_path, monkeypatch):
     def start(name, config, *overrides, bad=None):
         recipe = load_recipe(ROOT / "launchers/recipes/demo.yaml", [*SHORT, f"data.shards={shards}", *overrides])
         spoilt = None if bad is None else draw_key(recipe.train.seed, (bad - 1) * BATCH)
-        plain = Objective.forward
+        plain = MIMModule.forward
 
         def forward(self, images, mask, draw_keys=None):
             loss = plain(self, images, mask, draw_keys)
@@ -40,7 +40,7 @@ def train(shards, alone, tmp_path, monkeypatch):
             return loss * float("nan") if here else loss
 
         with monkeypatch.context() as patch:
-            patch.setattr(Objective, "forward", forward)
+            patch.setattr(MIMModule, "forward", forward)
             result = pretrain(recipe, config, tmp_path / name)
         return tmp_path / name, result
 

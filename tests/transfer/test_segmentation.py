@@ -16,7 +16,7 @@ from training_runs import ROOT, go_on, kill_after_a_checkpoint, losses, records,
 from mimscale.cli import main
 from mimscale.data import DamagedSample, ShardError
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Ranks
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RecipeError
 from mimscale.transfer.dense.stream import DenseStream
 from mimscale.transfer.dense.sync_batch_norm import SyncedBatchNorm2d

@@ -19,10 +19,11 @@ from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mimscale.training.ds_config import reconcile, split_batch
-from mimscale.training.engine import Engine, Ranks, start_ranks, stop_ranks
+from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.planning.memory import rank_memory
 from mimscale.training.pretraining.module import build_objective
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe, load_recipe
 
 STEP = "mimscale: one step"

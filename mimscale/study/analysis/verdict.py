@@ -23,18 +23,18 @@ NOISES = 3.0
 
 
 @dataclass(frozen=True)
-class Doom:
+class OverfitForecast:
     """Why a run that has not ended counts as overfitting, and from which step on (``None``: from end points)."""
 
     reason: str
     step: int | None = None
 
 
-def judge_curve(curve: Sequence[Point], until: int | None = None) -> Doom | None:
+def judge_curve(curve: Sequence[Point], until: int | None = None) -> OverfitForecast | None:
     """Judge a run by its curve so far.
 
-    Doomed is a run whose last three validations all lie above its lowest level (median of three in a row) by 1 % of it and
-    by three times the curve's own noise, while the training loss went on falling. Each longer training of the same model
+    A run is bound to overfit when its last three validations all lie above its lowest level (median of three in a row) by
+    1 % of it and by three times the curve's own noise, while the training loss kept falling. Each longer training of the same model
     on the same data then ends worse than the one that stops near the lowest point.
 
     Args:
@@ -56,7 +56,7 @@ def judge_curve(curve: Sequence[Point], until: int | None = None) -> Doom | None
     first, last = trained[lowest], trained[-1]
     if first is not None and last is not None and last >= first:
         return None  # both losses rise: that is divergence, not overfitting
-    return Doom(
+    return OverfitForecast(
         f"validation loss rose from {min(levels):.4f} at step {points[lowest][0]} to {losses[-1]:.4f} at step "
         f"{points[-1][0]} while training loss fell",
         points[-1][0],
@@ -71,10 +71,10 @@ def curve_noise(losses: Sequence[float]) -> float:
     return statistics.median(bends) / 0.6745 / math.sqrt(6)
 
 
-def foresee(found: Iterable[Cell]) -> dict[Cell, Doom]:
-    """Cells without an end point that the end points of others doom.
+def foresee(found: Iterable[Cell]) -> dict[Cell, OverfitForecast]:
+    """Cells without an end point that the end points of others show to overfit.
 
-    A cell is doomed where two cheaper cells on its data, in a row along length (same model) or along model size (same
+    A cell is bound to overfit where two cheaper cells on its data, in a row along length (same model) or along model size (same
     length), show a rise beyond the seeds' noise, and the second's training loss, where it is known, is the lower one: what
     made it worse on other data grows with cost.
 
@@ -85,13 +85,13 @@ def foresee(found: Iterable[Cell]) -> dict[Cell, Doom]:
     known = [cell for cell in found if cell.val_loss is not None]
     tolerance = noise(known)
     return {
-        cell: doom
+        cell: forecast
         for cell in found
-        if cell.val_loss is None and (doom := _foretold(cell, known, tolerance)) is not None
+        if cell.val_loss is None and (forecast := _foretold(cell, known, tolerance)) is not None
     }
 
 
-def _foretold(cell: Cell, known: Sequence[Cell], tolerance: float) -> Doom | None:
+def _foretold(cell: Cell, known: Sequence[Cell], tolerance: float) -> OverfitForecast | None:
     this = cell.first
     same = [c for c in known if _line(c) == _line(cell)]
     shorter = [c for c in same if c.first.model == this.model and c.first.iterations < this.iterations]
@@ -107,7 +107,7 @@ def _foretold(cell: Cell, known: Sequence[Cell], tolerance: float) -> Doom | Non
                 continue  # it fits its own data no better: it has learnt less, not too much
             rise = (b.val_loss or 0) - (a.val_loss or 0)
             if rise > tolerance * math.sqrt((1 / a.seeds + 1 / b.seeds) / 2):
-                return Doom(
+                return OverfitForecast(
                     f"on the same data {name(b)} ended at {b.val_loss:.4f}, above the {a.val_loss:.4f} of {name(a)}"
                 )
     return None

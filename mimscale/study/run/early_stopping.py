@@ -34,11 +34,11 @@ class Ruling:
 
 
 class Judge:
-    """Marks doomed jobs in their records, and with ``stop_doomed`` gives them up."""
+    """Marks bound to overfit jobs in their records, and with ``stop_overfitting`` gives them up."""
 
     def __init__(self, folder: StudyFolder, jobs: dict[str, Job]):
         self.folder, self.jobs = folder, jobs
-        self.stop = folder.study.stop_doomed
+        self.stop = folder.study.stop_overfitting
 
     @cached_property
     def flops(self) -> dict[str, float]:
@@ -46,16 +46,16 @@ class Judge:
         return {name: job_flops(job) for name, job in self.jobs.items()}
 
     def by_curves(self, running: Iterable[Job]) -> list[Ruling]:
-        """Judge pre-trainings by their curves so far; one that is doomed dooms the longer ones of its trunk."""
+        """Judge pre-trainings by their curves so far; with one, the longer ones of its trunk are given up."""
         rulings = []
         for job in running:
             if job.launcher != "pretrain" or self._record(job.id).verdict:
                 continue
             until = decay_step(job.recipe.schedule, job.recipe.train.iterations)
-            doom = judge_curve(curve(job, self.jobs, self.folder), until)
-            if doom is not None:
+            forecast = judge_curve(curve(job, self.jobs, self.folder), until)
+            if forecast is not None:
                 longer = [n for n in descendants(self.jobs, job.id) if self.jobs[n].launcher == "pretrain"]
-                rulings += self._rule([job.id, *longer], doom.reason)
+                rulings += self._rule([job.id, *longer], forecast.reason)
         return rulings
 
     def by_end_points(self) -> list[Ruling]:
@@ -64,8 +64,8 @@ class Judge:
             return []
         results = [result_of(job, self.jobs, self.folder, with_curve=False) for job in self.jobs.values()]
         rulings = []
-        for cell, doom in foresee(cells(results)).items():
-            rulings += self._rule([run.cell for run in cell.runs], doom.reason)
+        for cell, forecast in foresee(cells(results)).items():
+            rulings += self._rule([run.cell for run in cell.runs], forecast.reason)
         return rulings
 
     def _rule(self, names: Iterable[str], reason: str) -> list[Ruling]:

@@ -103,7 +103,7 @@ class LocalRun:
             if record.pid and (left := _process(record.pid, record.pid_since)) is not None:
                 self._say(f"{job.id} is being trained still, by process {record.pid}")
                 self.active[job.id] = Active(job, left)
-            elif record.state == "failed" or (record.state == "stopped" and not self.study.stop_doomed):
+            elif record.state == "failed" or (record.state == "stopped" and not self.study.stop_overfitting):
                 self.folder.write(job, Record(verdict=record.verdict))
         self.done_before = self._done_flops()
 

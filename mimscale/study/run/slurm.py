@@ -18,8 +18,8 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
     """Queue every job that is neither done, nor queued, nor stopped by a verdict; returns 0.
 
     A job waits (``afterok``) for the one it starts from, unless the checkpoint that it leaves is there already. Where that
-    one fails, Slurm removes it, and submitting again queues both anew. With ``stop_doomed`` this also takes jobs out of the
-    queue that are doomed by now.
+    one fails, Slurm removes it, and submitting again queues both anew. With ``stop_overfitting`` this also takes jobs out of the
+    queue that are bound to overfit by now.
 
     Raises:
         StudyError: folders that do not belong to the study, or shards that are not set; nothing is queued then.
@@ -29,7 +29,7 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
     folder.check(jobs)
     with folder.alone():
         queued = folder.queued(jobs)
-        _stop_doomed(folder, jobs, queued)
+        _stop_overfitting(folder, jobs, queued)
         counts = {"done": 0, "queued": 0, "stopped": 0, "submitted": 0}
         numbers: dict[str, str] = {}
         for job in jobs.values():
@@ -39,7 +39,7 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
             elif record.slurm in queued:
                 numbers[job.id] = record.slurm
                 counts["queued"] += 1
-            elif record.state == "stopped" and study.stop_doomed:
+            elif record.state == "stopped" and study.stop_overfitting:
                 counts["stopped"] += 1
             else:
                 numbers[job.id] = _submit(folder, job, jobs, numbers, record)
@@ -49,7 +49,7 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
     return 0
 
 
-def _stop_doomed(folder: StudyFolder, jobs: dict[str, Job], queued: dict[str, str]) -> None:
+def _stop_overfitting(folder: StudyFolder, jobs: dict[str, Job], queued: dict[str, str]) -> None:
     judge = Judge(folder, jobs)
     running = [job for job in jobs.values() if queued.get(folder.record(job).slurm) == "running"]
     for ruling in (*judge.by_curves(running), *judge.by_end_points()):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from mimscale.training.engine import Ranks
+from mimscale.training.ranks import Ranks
 from mimscale.training.rendezvous import own_address
 from mimscale.training.run_folder import write_beside
 

@@ -19,8 +19,8 @@ from mimscale.training.ds_config import (
     wants_bf16,
     zero_stage,
 )
-from mimscale.training.engine import Ranks
 from mimscale.training.pretraining.module import build_objective
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
 
 # Share of the free memory that "auto" plans with; the rest is for buffers, fragmentation and the data pipeline.

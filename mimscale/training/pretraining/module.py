@@ -12,7 +12,7 @@ from mimscale.models import create_encoder
 from mimscale.training.recipe import Recipe, RecipeError
 
 
-class Objective(nn.Module):
+class MIMModule(nn.Module):
     """An MIM model behind the preprocessing that belongs to the device.
 
     The loss comes out as a plain tensor: ZeRO-3's hooks follow tensors and tuples of them, not objects.
@@ -76,7 +76,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return stack([(x / 255 - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
 
-def build_objective(recipe: Recipe, extra_norm_every: int = 0) -> Objective:
+def build_objective(recipe: Recipe, extra_norm_every: int = 0) -> MIMModule:
     """The recipe's encoder and objective.
 
     Args:
@@ -121,4 +121,4 @@ def build_objective(recipe: Recipe, extra_norm_every: int = 0) -> Objective:
             )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None
-    return Objective(model, recipe.data.mean, recipe.data.std)
+    return MIMModule(model, recipe.data.mean, recipe.data.std)

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from mimscale.data import MIMStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine, OneRankError, Ranks
+from mimscale.training.engine import Engine
+from mimscale.training.errors import RankLocalError
 from mimscale.training.loop import run
 from mimscale.training.metrics import flops_per_image
 from mimscale.training.optimizer import decay_groups
@@ -20,9 +21,10 @@ from mimscale.training.pictures import loss_curves, reconstruction_sheet
 from mimscale.training.planning.memory import activation_bytes, largest_micro_batch, parameter_sizes
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import validate
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import Task, TaskBatch, Validated
+from mimscale.training.task import Task, TaskBatch, ValidationResult
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
@@ -135,10 +137,10 @@ class Pretraining(Task):
                 pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
                 yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
         except (ShardError, OSError) as error:
-            raise OneRankError(str(error)) from error
+            raise RankLocalError(str(error)) from error
 
     @override
-    def validate(self, engine: Engine, step: int) -> Validated | None:
+    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
         found = validate(engine, self.recipe, self.index)
         if found is None:
             return None
@@ -149,7 +151,7 @@ class Pretraining(Task):
             f"predicting the local mean {record['val_baseline']:.4f}) on {found.images} images"
         )
         pictures = {"reconstructions": reconstruction_sheet(*found.samples)} if found.samples is not None else {}
-        return Validated(record, text, pictures)
+        return ValidationResult(record, text, pictures)
 
     @override
     def data_state(self, step: int) -> dict[str, Any]:

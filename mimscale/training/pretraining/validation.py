@@ -7,30 +7,15 @@ depends on the weights and the images alone: not on the world size, the batch, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimscale.data import ShardIndex, ValidationStream
 from mimscale.training.pictures import to_uint8
 from mimscale.training.recipe import Recipe
-
-
-class Evaluator(Protocol):
-    """Who runs the objective on batches: the engine in training, or a plain model.
-
-    ``ranks`` says which of how many it is (``rank``, ``world_size``, ``is_first``) and its ``device``; ``micro`` is the
-    batch it trains with; ``evaluate`` gives the objective's eval-mode outputs, each on ``device``.
-    """
-
-    ranks: Any
-    micro: int
-    module: nn.Module
-
-    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """The objective's outputs in eval mode for one batch."""
+from mimscale.training.task import Evaluator
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from mimscale.data import EvaluationStream, LabelledStream, ShardError
 from mimscale.data.stream.augment import resize_and_centre_crop
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine, OneRankError, Ranks
+from mimscale.training.engine import Engine
+from mimscale.training.errors import RankLocalError
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers
-from mimscale.training.ranks import gather
+from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import Fraction, Positive, RecipeError, Section
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import TaskBatch, Validated
+from mimscale.training.task import TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
@@ -230,7 +231,7 @@ class Classification(TransferTask):
                 )
                 yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
         except (ShardError, OSError) as error:
-            raise OneRankError(str(error)) from error
+            raise RankLocalError(str(error)) from error
 
     def normalised(self, batch: LabelledBatch, device: torch.device) -> Tensor:
         """A batch's images (b, 3, S, S) fp32 on the device, with the recipe's mean and deviation taken out."""
@@ -257,7 +258,7 @@ class Classification(TransferTask):
         return spread(stream, data.validation_images)
 
     @override
-    def validate(self, engine: Engine, step: int) -> Validated | None:
+    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
         if not self.validated:
             return None
         ranks = engine.ranks
@@ -280,9 +281,9 @@ class Classification(TransferTask):
             f"on {len(found.labels)} images"
         )
         if not ranks.is_first:
-            return Validated(record, text)
+            return ValidationResult(record, text)
         pictures = {"predictions": sheet.draw(), "confusion": confusion_picture(found, self.index.classes)}
-        return Validated(record, text, pictures)
+        return ValidationResult(record, text, pictures)
 
     @override
     def data_state(self, step: int) -> dict[str, Any]:

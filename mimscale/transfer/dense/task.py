@@ -31,8 +31,9 @@ from typing_extensions import override
 from mimscale.data import ShardError
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
-from mimscale.training.engine import OneRankError, Ranks
+from mimscale.training.errors import RankLocalError
 from mimscale.training.pretraining.task import rank_workers
+from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Positive, Section
 from mimscale.training.task import TaskBatch
 from mimscale.transfer.dense.stream import DenseImages, DenseStream, HeldOutStream
@@ -196,7 +197,7 @@ class DenseTask(TransferTask):
                     tensors = tuple(tensor.pin_memory() for tensor in tensors)
                 yield TaskBatch(tensors, batch.keys, batch.skipped)
         except (ShardError, OSError) as error:
-            raise OneRankError(str(error)) from error
+            raise RankLocalError(str(error)) from error
 
     def held_out_stream(self, ranks: Ranks) -> HeldOutStream:
         """This rank's share of the held-out images."""

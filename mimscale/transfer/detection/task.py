@@ -17,7 +17,7 @@ from mimscale.data import ShardError
 from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
-from mimscale.training.task import Validated
+from mimscale.training.task import ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, stage_widths
 from mimscale.transfer.detection.coco import Instances, read_instances
@@ -138,7 +138,7 @@ class Detection(DenseTask):
         )
 
     @override
-    def validate(self, engine: Engine, step: int) -> Validated | None:
+    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         instances, ranks = self.held_out.instances, engine.ranks
@@ -158,14 +158,14 @@ class Detection(DenseTask):
                 sheet.rows.append((self._true(number, pixels), drawn_detections(pixels, found, self.classes)))
         gathered = gather((seen, entries))
         if not ranks.is_first:
-            return Validated({}, "")
+            return ValidationResult({}, "")
         images = [number for part, _ in gathered for number in part]
         record = coco_figures(instances.file, [entry for _, part in gathered for entry in part], images)
         text = (
             f"box AP {record['val_box_ap']:.2f} (50: {record['val_box_ap50']:.2f}), mask AP {record['val_mask_ap']:.2f} "
             f"(50: {record['val_mask_ap50']:.2f}) on {len(images)} images"
         )
-        return Validated(record, text, {"detections": sheet.draw()})
+        return ValidationResult(record, text, {"detections": sheet.draw()})
 
     def _true(self, number: int, pixels: np.ndarray) -> Image.Image:
         """An image with its true objects."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
-from mimscale.training.task import Validated
+from mimscale.training.task import ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, Share, stage_widths
 from mimscale.transfer.segmentation.images import SegmentationImages, at_test_size
@@ -147,7 +147,7 @@ class Segmentation(DenseTask):
         return torch.empty(images, 3, size, size, dtype=torch.uint8), labels, torch.zeros(images, dtype=torch.int64)
 
     @override
-    def validate(self, engine: Engine, step: int) -> Validated | None:
+    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         data, ranks = self.recipe.data, engine.ranks
@@ -166,7 +166,7 @@ class Segmentation(DenseTask):
                 sheet.add(self.held_out.pictures.read(held.number)[0], labels.numpy(), said.numpy())
         parts = gather((mine.pixels, images, skipped))
         if not ranks.is_first:
-            return Validated({}, "")
+            return ValidationResult({}, "")
         images = sum(count for _, count, _ in parts)
         self.damaged = {key: reason for _, _, part in parts for key, reason in part.items()}
         self.last = Confusion(sum((pixels for pixels, *_ in parts), np.zeros_like(mine.pixels)))
@@ -176,7 +176,7 @@ class Segmentation(DenseTask):
             f"{record['val_class_accuracy']:.2f} % of a class's, on {images} images"
             + "".join(f"; left out {key}: {reason}" for key, reason in list(self.damaged.items())[:3])
         )
-        return Validated(record, text, {"segmentations": sheet.draw()})
+        return ValidationResult(record, text, {"segmentations": sheet.draw()})
 
     @classmethod
     @override
