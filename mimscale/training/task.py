@@ -47,7 +47,7 @@ class Evaluator(Protocol):
     batch it trains with; ``evaluate`` gives the module's eval-mode outputs, each on ``device``.
     """
 
-    ranks: Ranks
+    ranks: Any
     micro: int
     module: nn.Module
 

@@ -34,8 +34,8 @@ def judge_curve(curve: Sequence[Point], until: int | None = None) -> OverfitFore
     """Judge a run by its curve so far.
 
     A run is bound to overfit when its last three validations all lie above its lowest level (median of three in a row) by
-    1 % of it and by three times the curve's own noise, while the training loss kept falling. Each longer training of the same model
-    on the same data then ends worse than the one that stops near the lowest point.
+    1 % of it and by three times the curve's own noise, while the training loss kept falling. Each longer training
+    of the same model on the same data then ends worse than the one that stops near the lowest point.
 
     Args:
         curve: points (step, training loss, validation loss), ascending; ``None`` where a loss was not measured.
