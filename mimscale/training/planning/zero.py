@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.models.factory import encoder_names
+from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import GPU_PEAKS, MetricsLog, flops_per_image
 from mimscale.training.planning.memory import (
@@ -21,7 +22,7 @@ from mimscale.training.planning.memory import (
     parameter_sizes,
     plan_rank,
 )
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.run_folder import write_beside
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
