@@ -24,9 +24,9 @@ LISTED = 20
 NAME = "NAME"
 # What stands at the top of each kind of file, and what takes it.
 KINDS = {
+    "study": (("datasets", "models", "pretrain"), "study"),
     "pre-training recipe": (("mim", "fidelity"), "pretrain"),
     "fine-tuning recipe": (("task", "finetune", "mix", "detector"), "finetune"),
-    "study": (("datasets", "models", "pretrain", "shards"), "study"),
 }
 
 
@@ -414,7 +414,7 @@ def check_kind(values: dict[str, Any], where: str, schema: type[Document]) -> No
     Raises:
         SchemaError: (the schema's ``error``) naming its kind, and what takes it.
     """
-    if any(mark in values for mark in KINDS[schema.noun][0] if mark not in ("shards", "models")):
+    if any(mark in values for mark in KINDS[schema.noun][0]):
         return
     for noun, (marks, command) in KINDS.items():
         found = [mark for mark in marks if mark in values and mark not in schema.model_fields]

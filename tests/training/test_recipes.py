@@ -95,7 +95,7 @@ def test_a_shipped_configuration_is_one_for_deepspeed(path):
 def test_a_duplicate_yaml_key_is_an_error(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("model: {name: swinv2_s}\ntrain:\n  seed: 1\n  seed: 2\n")
-    with pytest.raises(RecipeError, match=r"twice\.yaml.*duplicate key 'seed'.*line 3"):
+    with pytest.raises(RecipeError, match=r"twice\.yaml.*duplicate key 'seed'.*line 4"):
         load_recipe(path)
 
 
