@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
@@ -104,6 +104,8 @@ class ChosenBy:
         name = value.get(self.key, self.default)
         if name is None:
             raise PydanticCustomError("chosen", "lacks '{key}': one of {names}", self._context())
+        if not isinstance(name, str):
+            raise PydanticCustomError("chosen", "{key}: must be one of {names}", self._context())
         try:
             section = self.section(name)
         except ValueError as error:
@@ -112,6 +114,14 @@ class ChosenBy:
 
     def _context(self) -> dict[str, Any]:
         return {"key": self.key, "names": ", ".join(self.names())}
+
+    def of(self, values: Mapping[str, Any]) -> type[Section]:
+        """The section that ``values`` are keys of.
+
+        Raises:
+            ValueError: they choose one that there is not.
+        """
+        return self.section(values.get(self.key, self.default) or "")
 
     def sections(self) -> dict[str, type[Section]]:
         """Every section that there is, by the value that chooses it."""
@@ -173,7 +183,8 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _choice(field: FieldInfo) -> ChosenBy | None:
+def choice(field: FieldInfo) -> ChosenBy | None:
+    """How a field's section is chosen; ``None`` where there is one only."""
     return next((item for item in field.metadata if isinstance(item, ChosenBy)), None)
 
 
@@ -195,8 +206,8 @@ def describe(schema: type[BaseModel], prefix: str = "", only: tuple[str, ...] = 
     """Every key of a schema that holds a value, in order, sections gone into."""
     for attribute, field in schema.model_fields.items():
         path = prefix + (field.alias or attribute)  # a key such as `from` cannot be an attribute
-        if (choice := _choice(field)) is not None:
-            yield from _merged(choice, path)
+        if (chosen := choice(field)) is not None:
+            yield from _merged(chosen, path)
             continue
         kind = _plain(field.annotation)
         part, held = _inner(kind)
@@ -208,8 +219,8 @@ def describe(schema: type[BaseModel], prefix: str = "", only: tuple[str, ...] = 
             yield Key(path, field, only)
 
 
-def _merged(choice: ChosenBy, path: str) -> Iterator[Key]:
-    sections = choice.sections()
+def _merged(chosen: ChosenBy, path: str) -> Iterator[Key]:
+    sections = chosen.sections()
     held = {name: {k.path: k for k in describe(section, f"{path}.")} for name, section in sections.items()}
     for one in dict.fromkeys(p for keys in held.values() for p in keys):
         names = tuple(name for name, keys in held.items() if one in keys)
@@ -252,8 +263,8 @@ def _walk(kinds: list[Spot], parts: list[str]) -> list[Spot]:
             named = _fields(kind)
             if parts[0] in named:
                 found = named[parts[0]]
-                choice = _choice(found)
-                options = choice.sections().values() if choice else [_plain(found.annotation)]
+                chosen = choice(found)
+                options = chosen.sections().values() if chosen else [_plain(found.annotation)]
                 inner += [(option, found) for option in options]
             continue
         part, held = _inner(kind)
@@ -475,8 +486,8 @@ def _misplaced(parts: list[str], where: str, schema: type[Document]) -> str:
     if owners:
         names = ", ".join(dict.fromkeys(name for key in owners for name in key.only))
         field = schema.model_fields[parts[0]]
-        choice = _choice(field)
-        by = f"{parts[0]}.{choice.key}={names}" if choice else names
+        chosen = choice(field)
+        by = f"{parts[0]}.{chosen.key}={names}" if chosen else names
         return f"'{path}' in {where} is a key of {by} alone; mimscale keys {parts[0]} lists each one's keys"
     return unknown_key(path, where, schema)
 
