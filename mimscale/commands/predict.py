@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.commands.reconstruct import read_image
+from mimscale.data.decode import read_rgb
 from mimscale.training.pictures import save_png
 from mimscale.transfer.load import FinetunedRun
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         run = FinetunedRun.open(args.run)
         module, data = run.module(), run.checkpoint.manifest["data"]
         for path in args.images:
-            text, picture = run.kind.say(run.recipe, data, module, read_image(path))
+            text, picture = run.kind.say(run.recipe, data, module, read_rgb(path))
             print(f"{path}: {text}")
             if picture is not None:
                 target = (args.output or Path()) / f"{path.stem}_{run.recipe.task}.png"

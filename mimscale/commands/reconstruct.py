@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from mimscale.data import ShardError, ShardIndex, ValidationStream
+from mimscale.data.decode import read_rgb
+from mimscale.data.stream.augment import resize_and_centre_crop
 from mimscale.training.checkpoint import CheckpointError, open_newest
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
 from mimscale.training.pretraining.module import MIMModule, build_objective
@@ -40,31 +40,12 @@ def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int
 
 
 def read_images(paths: list[Path], size: int) -> Tensor:
-    """Centre crops (N, 3, size, size) uint8 of image files.
+    """Centre crops (N, 3, size, size) uint8 of image files, cut as validation cuts them.
 
     Raises:
-        ValueError: a file is not there or is no image; it is named.
+        DamagedSample: a file cannot be read or is no image; it is named.
     """
-    images = []
-    for path in paths:
-        pixels = transforms.pil_to_tensor(read_image(path))
-        images.append(transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size, size]))
-    return torch.stack(images)
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        ValueError: it is not there or is no image; it is named.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no image {path}") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read ({error})") from None
+    return torch.stack([resize_and_centre_crop(read_rgb(path), size, size, "bilinear") for path in paths])
 
 
 def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:

@@ -46,7 +46,7 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-_RESIZES = {
+RESIZES = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
@@ -68,7 +68,7 @@ def resize_into(images: torch.Tensor, pixels: np.ndarray, interpolation: str) ->
         images.copy_(source)
     else:
         # What ``torch.nn.functional.interpolate(antialias=True)`` calls; the call itself costs a tenth of the work.
-        _RESIZES[interpolation](source, size, False, out=images)
+        RESIZES[interpolation](source, size, False, out=images)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> torch.Tensor:

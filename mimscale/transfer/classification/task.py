@@ -13,14 +13,14 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mimscale.data import EvaluationStream, LabelledStream, ShardError
+from mimscale.data import CropSpec, EvaluationStream, LabelledStream, ShardError
 from mimscale.data.stream.augment import resize_and_centre_crop
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Engine
 from mimscale.training.errors import RankLocalError
 from mimscale.training.pretraining.module import normalise
-from mimscale.training.pretraining.task import data_position, open_shards, rank_workers
+from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import Fraction, Positive, RecipeError, Section
 from mimscale.training.run_folder import check_data
@@ -28,7 +28,7 @@ from mimscale.training.task import TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
-from mimscale.transfer.classification.scores import TOP, predict, read_ahead, spread
+from mimscale.transfer.classification.scores import TOP, predict, read_ahead
 from mimscale.transfer.recipe import Finetune, FinetuneRecipe
 from mimscale.transfer.task import TransferTask
 from mimscale.transfer.weights import task_encoder
@@ -162,10 +162,10 @@ class Classification(TransferTask):
     @classmethod
     @override
     def say(
-        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
         size, settings = recipe.data.image_size, recipe.data
-        crop = resize_and_centre_crop(np.array(image), cls.shorter_side(recipe), size, settings.interpolation)
+        crop = resize_and_centre_crop(pixels, cls.shorter_side(recipe), size, settings.interpolation)
         with torch.no_grad():
             chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
         best = chances.topk(min(TOP, len(chances)))
@@ -203,26 +203,12 @@ class Classification(TransferTask):
 
     @override
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
-        data, train = self.recipe.data, self.recipe.train
+        data = self.recipe.data
         stream = LabelledStream(
             self.index,
-            fraction=data.fraction,
-            seed=train.seed,
-            image_size=data.image_size,
-            global_batch=train.global_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=step,
-            workers=rank_workers(data.workers, ranks),
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            interpolation=data.interpolation,
+            **reading(self.recipe, ranks, step),
+            crops=CropSpec.of(data),
             rand_augment=data.rand_augment,
-            max_damaged=data.max_damaged,
-            stop_step=train.iterations,
-            shuffle=data.shuffle,
-            window=data.shuffle_window,
         )
         try:
             for batch in stream:
@@ -243,7 +229,7 @@ class Classification(TransferTask):
     def held_out(self, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> EvaluationStream:
         """One pass over the held-out images."""
         data = self.recipe.data
-        stream = EvaluationStream(
+        return EvaluationStream(
             self.index,
             data.validation,
             data.image_size,
@@ -254,8 +240,8 @@ class Classification(TransferTask):
             workers=workers,
             interpolation=data.interpolation,
             max_damaged=data.max_damaged,
+            limit=data.validation_images,
         )
-        return spread(stream, data.validation_images)
 
     @override
     def validate(self, engine: Engine, step: int) -> ValidationResult | None:

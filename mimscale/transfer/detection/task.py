@@ -176,9 +176,9 @@ class Detection(DenseTask):
     @classmethod
     @override
     def say(
-        cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
-        pixels, settings = np.array(image), recipe.data
+        settings = recipe.data
         tensors = at_test_size(pixels, settings.test_size, fill(settings.mean))
         found = detect(module, tensors, (pixels.shape[0], pixels.shape[1]))
         sure = found.above(LEAST)

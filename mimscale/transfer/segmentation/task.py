@@ -181,9 +181,9 @@ class Segmentation(DenseTask):
     @classmethod
     @override
     def say(
-        cls, recipe: SegmentationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: SegmentationRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
-        pixels, settings, classes = np.array(image), recipe.data, data["classes"]
+        settings, classes = recipe.data, data["classes"]
         tested = at_test_size(pixels, settings.test_size)
         with torch.no_grad():
             said = slide(module, tested, settings.image_size, settings.stride, fill(settings.mean), pixels.shape[:2])
