@@ -12,31 +12,10 @@ from torch import Tensor
 from mimscale.data import ShardError, ShardIndex, ValidationStream
 from mimscale.data.decode import read_rgb
 from mimscale.data.stream.augment import resize_and_centre_crop
-from mimscale.training.checkpoint import CheckpointError, open_newest
+from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
-from mimscale.training.pretraining.module import MIMModule, build_objective
-from mimscale.training.recipe import Recipe, RecipeError, resolve
-
-
-def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int]:
-    """The recipe and the trained model of a run, in eval mode on the CPU.
-
-    Args:
-        run: the run folder.
-        step: which checkpoint; the newest if ``None``.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        RecipeError: its recipe does not build.
-    """
-    checkpoint = open_newest(run, step)
-    recipe: Recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
-    objective = build_objective(recipe)
-    checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
-    with torch.no_grad():
-        for name, parameter in objective.named_parameters():
-            parameter.copy_(checkpoint.tensor(name))
-    return recipe, objective.eval(), checkpoint.step
+from mimscale.training.recipe import Recipe, RecipeError
+from mimscale.transfer.load import load_run
 
 
 def read_images(paths: list[Path], size: int) -> Tensor:
@@ -59,7 +38,7 @@ def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of a pre-training")
+    parser.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
     parser.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--count", type=int, default=8, help="how many validation images (default: 8)")
@@ -67,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="PNG to write (default: RUN/reconstructions/images_STEP.png)")
     args = parser.parse_args(argv)
     try:
-        recipe, objective, step = load_run(args.run, args.step)
+        run = load_run(args.run, args.step)
+        if run.kind is not None:
+            raise RecipeError(
+                f"{args.run} is a fine-tuning, which fills nothing in: mimscale predict shows what it makes of images"
+            )
+        recipe, objective = run.recipe, run.module()
         if args.images:
             images = read_images(args.images, recipe.data.image_size)
             mask = random_masks(len(images), recipe, args.seed)
@@ -84,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         l1, l2, prediction = objective(images, mask)
         filled = to_uint8(objective.fill_in(images, mask, prediction))
-    output = args.output or args.run / "reconstructions" / f"images_{step:08d}.png"
+    step = run.checkpoint.step
+    output = args.output or run.folder / "reconstructions" / f"images_{step:08d}.png"
     save_png(reconstruction_sheet(images, mask, filled), output)
     print(f"{output}: {len(images)} images at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}")
     return 0

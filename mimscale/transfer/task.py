@@ -112,16 +112,7 @@ class TransferTask(Task):
         }
 
 
-def task_class(name: object) -> type[TransferTask]:
-    """The task of that name.
-
-    Raises:
-        RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
-    """
-    return find_task(name)
-
-
 def finetune(recipe: FinetuneRecipe, ds_config: dict[str, Any], output: str) -> dict[str, Any]:
     """Fine-tune, or go on fine-tuning, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
-    kind = task_class(recipe.task)
+    kind = find_task(recipe.task)
     return run(lambda: kind(recipe), ds_config, output)

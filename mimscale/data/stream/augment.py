@@ -82,6 +82,11 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> tor
     return images[0]
 
 
+def shorter_side(image_size: int, resize_shorter: int | None = None) -> int:
+    """What evaluation resizes an image's shorter side to before it cuts the centre: 256 for 224, unless told otherwise."""
+    return resize_shorter or round(image_size / 0.875)
+
+
 def resize_and_centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str) -> torch.Tensor:
     """Shorter side to ``shorter`` pixels, then the centred ``size`` x ``size`` box, as torchvision does it.
 

@@ -201,7 +201,7 @@ class EvaluationStream:
             rank,
             world_size,
         )
-        self.resize_shorter = resize_shorter or round(image_size / 0.875)
+        self.resize_shorter = augment.shorter_side(image_size, resize_shorter)
         self.workers, self.interpolation, self.max_damaged, self.seed = workers, interpolation, max_damaged, seed
         samples = index.samples(fraction)
         self.places = evenly_spread(len(samples), limit)

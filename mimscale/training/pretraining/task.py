@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from mimscale.data import CropSpec, MIMStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
 from mimscale.training.errors import RankLocalError
 from mimscale.training.loop import run
 from mimscale.training.metrics import flops_per_image
@@ -24,7 +23,7 @@ from mimscale.training.pretraining.validation import validate
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import Task, TaskBatch, ValidationResult
+from mimscale.training.task import Evaluator, Task, TaskBatch, ValidationResult
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class Pretraining(Task):
             raise RankLocalError(str(error)) from error
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         found = validate(engine, self.recipe, self.index)
         if found is None:
             return None

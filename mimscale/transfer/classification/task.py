@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.data import CropSpec, EvaluationStream, LabelledStream, ShardError
-from mimscale.data.stream.augment import resize_and_centre_crop
+from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
 from mimscale.training.errors import RankLocalError
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import Fraction, Positive, RecipeError, Section
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import TaskBatch, ValidationResult
+from mimscale.training.task import Evaluator, TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
@@ -165,17 +164,13 @@ class Classification(TransferTask):
         cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
         size, settings = recipe.data.image_size, recipe.data
-        crop = resize_and_centre_crop(pixels, cls.shorter_side(recipe), size, settings.interpolation)
+        shorter = shorter_side(size, settings.resize_shorter)
+        crop = resize_and_centre_crop(pixels, shorter, size, settings.interpolation)
         with torch.no_grad():
             chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
         best = chances.topk(min(TOP, len(chances)))
         named = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return ", ".join(f"{data['classes'][index]} {chance:.1%}" for chance, index in named), None
-
-    @staticmethod
-    def shorter_side(recipe: ClassificationRecipe) -> int:
-        """What held-out images are resized to before the centre is cut, pixels."""
-        return recipe.data.resize_shorter or round(recipe.data.image_size / 0.875)
 
     @override
     def check_same_classes(self, data: dict[str, Any]) -> None:
@@ -236,7 +231,7 @@ class Classification(TransferTask):
             batch_size,
             rank,
             world_size,
-            resize_shorter=self.shorter_side(self.recipe),
+            resize_shorter=data.resize_shorter,
             workers=workers,
             interpolation=data.interpolation,
             max_damaged=data.max_damaged,
@@ -244,7 +239,7 @@ class Classification(TransferTask):
         )
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if not self.validated:
             return None
         ranks = engine.ranks

@@ -14,10 +14,9 @@ from torch import nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
-from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
-from mimscale.training.task import ValidationResult
+from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, stage_widths
 from mimscale.transfer.detection.coco import Instances, read_instances
@@ -138,7 +137,7 @@ class Detection(DenseTask):
         )
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         instances, ranks = self.held_out.instances, engine.ranks

@@ -12,10 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
-from mimscale.training.task import ValidationResult
+from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, Share, stage_widths
 from mimscale.transfer.segmentation.images import SegmentationImages, at_test_size
@@ -147,7 +146,7 @@ class Segmentation(DenseTask):
         return torch.empty(images, 3, size, size, dtype=torch.uint8), labels, torch.zeros(images, dtype=torch.int64)
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         data, ranks = self.recipe.data, engine.ranks
