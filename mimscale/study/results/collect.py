@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models.sizes import SWIN_SIZES
@@ -16,7 +15,8 @@ from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.results.result import Point, Result, Status, write_json
 from mimscale.study.spec import Study, StudyError
-from mimscale.training.metrics import MetricsLog, flops_per_image
+from mimscale.training.metrics import MetricsLog
+from mimscale.training.planning.throughput import flops_per_image, training_flops
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
 from mimscale.transfer.recipe import FinetuneRecipe
@@ -158,9 +158,8 @@ def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
         size = values["data"]["image_size"]
         with torch.device("meta"):
             encoder = task_encoder(recipe)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                encoder.eval()(torch.empty(1, 3, size, size))
-        return _count(encoder), _count(encoder), 3 * counter.get_total_flops()
+        flops = training_flops(lambda: encoder, lambda module: module(torch.empty(1, 3, size, size)))
+        return _count(encoder), _count(encoder), flops
     except RecipeError as error:
         raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
 

@@ -18,6 +18,7 @@ from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import RankLocalError
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
@@ -147,7 +148,8 @@ class Classification(TransferTask):
                 f"train.global_batch={batch} over {ranks} ranks does not give each an even number of images, which mixing in "
                 f"pairs takes; choose a multiple of {2 * ranks}, or mix.mixup=0 mix.cutmix=0"
             )
-        self.flops_per_image = 3 * forward_flops(self)
+        size = data.image_size
+        self.flops_per_image = training_flops(self.build, lambda module: module(torch.empty(1, 3, size, size)))
 
     @override
     def build(self) -> nn.Module:
@@ -296,13 +298,3 @@ class Classification(TransferTask):
             "classes_without_images": len(self.counts.empty),
             "long_tail": tail or None,
         }
-
-
-def forward_flops(task: Classification) -> int:
-    """Floating-point operations of one image's forward pass, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = task.recipe.data.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.build().eval()(torch.empty(1, 3, size, size))
-    return counter.get_total_flops()

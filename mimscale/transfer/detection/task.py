@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
 from mimscale.training.task import Evaluator, ValidationResult
@@ -96,7 +97,8 @@ class Detection(DenseTask):
             self._check_same_categories(self.held_out.instances)
         elif data.validation is not None or data.validation_annotations is not None:
             raise RecipeError("data.validation=FOLDER and data.validation_annotations=FILE go together")
-        self.flops_per_image = 3 * forward_flops(self)
+        sizes = data.image_size, recipe.detector.channels, recipe.detector.proposals_sampled
+        self.flops_per_image = training_flops(self.build, lambda module: forward_once(module, *sizes))
 
     def _split(self, folder: str, file: str, keep_empty: bool) -> DetectionImages:
         data = self.recipe.data
@@ -199,23 +201,13 @@ class Detection(DenseTask):
         }
 
 
-def forward_flops(task: Detection) -> int:
-    """Floating-point operations of one training image's forward pass, with all proposals that are sampled.
+def forward_once(module: Any, size: int, channels: int, sampled: int) -> None:
+    """Pass a training image of a side of ``size`` through a detector, with all proposals that are sampled.
 
     A quarter of the proposals, the most that may be positive, goes through the mask head.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size, sampled = task.recipe.data.image_size, task.recipe.detector.proposals_sampled
-    channels = task.recipe.detector.channels
-
-    def run(module: Any) -> None:
-        heads = module.heads
-        normed = heads.norms(module.encoder, torch.empty(1, 3, size, size))
-        heads.rpn.head(list(heads.fpn(dict(zip("0123", normed, strict=True))).values()))
-        heads.roi_heads.box_predictor(heads.roi_heads.box_head(torch.empty(sampled, channels, 7, 7)))
-        heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(torch.empty(sampled // 4, channels, 14, 14)))
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(task.build().eval())
-    return counter.get_total_flops()
+    heads = module.heads
+    normed = heads.norms(module.encoder, torch.empty(1, 3, size, size))
+    heads.rpn.head(list(heads.fpn(dict(zip("0123", normed, strict=True))).values()))
+    heads.roi_heads.box_predictor(heads.roi_heads.box_head(torch.empty(sampled, channels, 7, 7)))
+    heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(torch.empty(sampled // 4, channels, 14, 14)))

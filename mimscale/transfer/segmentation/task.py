@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import Positive, RecipeError, Section
 from mimscale.training.task import Evaluator, ValidationResult
@@ -92,7 +93,8 @@ class Segmentation(DenseTask):
             self.held_out = self._split(data.validation, data.validation_annotations)
         elif data.validation is not None or data.validation_annotations is not None:
             raise RecipeError("data.validation=FOLDER and data.validation_annotations=FOLDER go together")
-        self.flops_per_image = 3 * forward_flops(self)
+        crop = (1, 3, data.image_size, data.image_size)
+        self.flops_per_image = training_flops(self.build, lambda module: module(torch.empty(crop, dtype=torch.uint8)))
         # Of the last validation.
         self.last: Confusion | None = None
         self.damaged: dict[str, str] = {}
@@ -204,13 +206,3 @@ class Segmentation(DenseTask):
             ious = zip(self.classes, self.last.ious().tolist(), strict=True)
             found["iou"] = {name: None if np.isnan(iou) else iou for name, iou in ious}
         return found
-
-
-def forward_flops(task: Segmentation) -> int:
-    """Floating-point operations of one crop's forward pass, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = task.recipe.data.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.build().eval()(torch.empty(1, 3, size, size, dtype=torch.uint8))
-    return counter.get_total_flops()
