@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimscale.schema import nearest
 from mimscale.study.jobs import Job, trained_alone
 from mimscale.study.results.collect import sizes
-from mimscale.study.spec import Speed, Study, StudyError, nearest
+from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.metrics import duration
 from mimscale.training.planning.throughput import GPU_PEAKS

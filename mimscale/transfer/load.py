@@ -22,7 +22,7 @@ from mimscale.models.weights.export import load, remade, without_head
 from mimscale.models.weights.released import all_weights
 from mimscale.training.checkpoint import Checkpoint, open_newest
 from mimscale.training.pretraining.module import build_objective, normalise
-from mimscale.training.recipe import RecipeError, resolve
+from mimscale.training.recipe import RecipeError, stored_recipe
 from mimscale.transfer.recipe import find_task
 
 Picture = Image.Image | np.ndarray
@@ -150,9 +150,9 @@ def load_run(source: str | Path, step: int | None = None, data: dict[str, Any] |
     values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
     values = {**values, "data": {**values["data"], **(data or {})}}
     if "mim" in values:
-        return LoadedRun(checkpoint, resolve(values, where), None)
+        return LoadedRun(checkpoint, stored_recipe(values, where), None)
     kind = find_task(values.get("task"))
-    return LoadedRun(checkpoint, resolve(values, where, kind.schema), kind)
+    return LoadedRun(checkpoint, stored_recipe(values, where, kind.schema), kind)
 
 
 def load_encoder(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:

@@ -26,7 +26,7 @@ from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, without_head
 from mimscale.models.weights.released import load_released
 from mimscale.training.pretraining.module import build_objective, normalise
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, read_yaml
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values
 from mimscale.training.run_folder import write_beside
 from mimscale.transfer.classification.labels import check_labels
 from mimscale.transfer.load import folder_of, is_run, load_run
@@ -75,7 +75,7 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
             raise RecipeError(f"{source} does not say what it holds: give --recipe with its model and image size")
         encoder = load(path)
         return FrozenEncoder(encoder, preprocessing_of(encoder), name)
-    if "task" in read_yaml(recipe_file):
+    if "task" in recipe_values(recipe_file):
         recipe: Any = load_finetune_recipe(recipe_file)
         encoder = task_encoder(recipe)
     else:

@@ -11,6 +11,7 @@ import torch
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.schema import resolve
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.results.result import SCORES, Point, Result, Status, write_json
@@ -18,7 +19,7 @@ from mimscale.study.spec import Study, StudyError
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.throughput import flops_per_image, training_flops
 from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.transfer.recipe import FinetuneRecipe
 from mimscale.transfer.weights import task_encoder
 

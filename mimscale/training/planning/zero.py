@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.models.factory import encoder_names
+from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.memory import (
@@ -22,7 +23,7 @@ from mimscale.training.planning.memory import (
     plan_rank,
 )
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.run_folder import write_beside
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
