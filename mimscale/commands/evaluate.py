@@ -16,10 +16,9 @@ from mimscale.training.errors import RankLocalError
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import write_beside
-from mimscale.transfer.load import FinetunedRun, Standing
-from mimscale.transfer.recipe import load_finetune_recipe
-from mimscale.transfer.task import task_class
-from mimscale.transfer.weights import open_run
+from mimscale.training.task import PlainEvaluator
+from mimscale.transfer.load import folder_of, is_run, load_run
+from mimscale.transfer.recipe import find_task, load_finetune_recipe
 
 
 def evaluate(
@@ -41,10 +40,9 @@ def evaluate(
         RecipeError, CheckpointError, ShardError, ValueError: what does not fit.
     """
     values = _data_section(overrides)
-    if open_run(source) is not None:
-        run = FinetunedRun.open(source, overrides=values)
-        module, recipe, kind, step = run.module(), run.recipe, run.kind, run.checkpoint.step
-        task = kind(recipe)
+    if is_run(source):
+        run = load_run(source, data=values)
+        task, module, step = run.task(run.recipe), run.module(), run.checkpoint.step
         task.check_same_classes(run.checkpoint.manifest["data"])
     else:
         if recipe_file is None:
@@ -52,12 +50,12 @@ def evaluate(
                 f"{source} is no run: a file of weights takes --recipe, a fine-tuning recipe of its model"
             )
         recipe = load_finetune_recipe(recipe_file, overrides)
-        task, step = task_class(recipe.task)(recipe), 0
+        task, step = find_task(recipe.task)(recipe), 0
         module = task.build()
-        load_released(module.encoder, source)  # type: ignore[arg-type]
+        load_released(module.encoder, source)
     ranks = start_ranks()
     try:
-        found = task.validate(Standing(module, ranks, batch), step)  # type: ignore[arg-type]
+        found = task.validate(PlainEvaluator(module, batch, ranks), step)
         if found is None:
             raise ShardError("there are no held-out images; data.validation=FRACTION names other ones")
         if not ranks.is_first:
@@ -103,8 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder for result.json and pictures (default: RUN/evaluation)")
     parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="such as data.validation=100")
     args = parser.parse_intermixed_args(argv)
-    source = args.source.rpartition("@")[0] if not Path(args.source).exists() else args.source
-    output = args.output or (Path(source) if Path(source).is_dir() else Path(source).parent) / "evaluation"
+    output = args.output or folder_of(args.source) / "evaluation"
     overrides = [*args.overrides, *([f"data.shards={args.shards}"] if args.shards else [])]
     try:
         evaluate(args.source, overrides, args.recipe, args.batch, output)

@@ -6,35 +6,33 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from mimscale.models.weights.export import KINDS, export_weights, usage
-from mimscale.training.checkpoint import open_newest, step_name
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import stored_recipe
+from mimscale.models.weights.released import all_weights
+from mimscale.training.checkpoint import step_name
+from mimscale.transfer.load import load_run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``mimscale export``."""
     parser = argparse.ArgumentParser(prog="mimscale export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of a pre-training")
+    parser.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
     parser.add_argument("--to", required=True, choices=KINDS)
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
     arguments = parser.parse_args(argv)
     try:
-        checkpoint = open_newest(arguments.run, arguments.step)
-        with torch.device("meta"):
-            objective = build_objective(stored_recipe(checkpoint.manifest["recipe"], str(checkpoint.path)))
-        checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
+        run = load_run(arguments.run, arguments.step)
+        checkpoint, module = run.checkpoint, run.meta_module
+        checkpoint.check_shapes({name: tuple(part.shape) for name, part in all_weights(module).items()})
+        model, prefix = (module, "") if run.kind else (module.model, "model.")
         endings = {"released": ".pth", "huggingface": ""}
-        name = f"{objective.model.encoder.made_from['name']}_{step_name(checkpoint.step)}_{arguments.to}"
-        output = arguments.output or arguments.run / "export" / f"{name}{endings.get(arguments.to, '.safetensors')}"
-        written = export_weights(objective.model, arguments.to, output, lambda name: checkpoint.tensor(f"model.{name}"))
+        name = f"{model.encoder.made_from['name']}_{step_name(checkpoint.step)}_{arguments.to}"
+        output = arguments.output or run.folder / "export" / f"{name}{endings.get(arguments.to, '.safetensors')}"
+        written = export_weights(model, arguments.to, output, lambda name: checkpoint.trained(prefix + name))
     except (ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
     for path in written:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(usage(arguments.to, output, objective.model.encoder))
+    print(usage(arguments.to, output, model.encoder))
     return 0

@@ -10,9 +10,9 @@ from typing import Any
 from mimscale.models.factory import encoder_names
 from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError
-from mimscale.training.metrics import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.communication import Network, predict, step_time
 from mimscale.training.planning.memory import encoder_blocks
+from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.zero import GB, Load, plan_way
 from mimscale.training.recipe import Recipe, RecipeError
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.commands.reconstruct import read_image
+from mimscale.data.decode import read_rgb
 from mimscale.training.pictures import save_png
-from mimscale.transfer.load import FinetunedRun
+from mimscale.transfer.load import load_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder for pictures, where the task draws some (default: .)")
     args = parser.parse_args(argv)
     try:
-        run = FinetunedRun.open(args.run)
-        module, data = run.module(), run.checkpoint.manifest["data"]
+        run = load_run(args.run)
+        task, module, data = run.task, run.module(), run.checkpoint.manifest["data"]
         for path in args.images:
-            text, picture = run.kind.say(run.recipe, data, module, read_image(path))
+            text, picture = task.say(run.recipe, data, module, read_rgb(path))
             print(f"{path}: {text}")
             if picture is not None:
                 target = (args.output or Path()) / f"{path.stem}_{run.recipe.task}.png"

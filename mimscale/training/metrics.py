@@ -8,63 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mimscale.models.layers import widens
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe
-
-# Dense peak TFLOP/s from the makers' data sheets, (bf16, fp32 without TF32); the first name found in the device's counts.
-GPU_PEAKS = {
-    "B200": (2250, 75),
-    "H200": (989, 67),
-    "H100 PCIe": (756, 51),
-    "H100": (989, 67),
-    "A100": (312, 19.5),
-    "L40S": (362, 91.6),
-    "L4": (121, 30.3),
-    "A40": (150, 37.4),
-    "A10": (125, 31.2),
-    "RTX 4090": (165, 82.6),
-    "RTX 3090": (71, 35.6),
-}
 LOG_SECONDS = 10.0
 BAR = "{n_fmt}/{total_fmt} {bar:12} {postfix} | {elapsed} < {remaining}"
-
-
-def flops_per_image(recipe: Recipe) -> int:
-    """Floating-point operations of one training image: the forward pass counted on the meta device, times three."""
-    with torch.device("meta"):
-        objective = build_objective(recipe)
-        size, grid = recipe.data.image_size, recipe.mask_grid
-        images = torch.empty(1, 3, size, size, dtype=torch.uint8)
-        mask = torch.zeros(1, grid, grid, dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective.eval()(images, mask)
-    return 3 * counter.get_total_flops()
-
-
-def device_peak(device: torch.device, bf16: bool) -> float:
-    """Peak FLOP/s of one device: the data sheet's for a known GPU, else what a matrix product reaches here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (low, full) in GPU_PEAKS.items():
-            if known in name:
-                return (low if bf16 else full) * 1e12
-    size = 4096 if device.type == "cuda" else 768
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    if widens(matrix):
-        matrix = matrix.float()  # as the model's own products
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 class MetricsLog:

@@ -8,23 +8,21 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.schema import resolve
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
-from mimscale.study.results.result import Point, Result, Status, write_json
+from mimscale.study.results.result import SCORES, Point, Result, Status, write_json
 from mimscale.study.spec import Study, StudyError
-from mimscale.training.metrics import MetricsLog, flops_per_image
+from mimscale.training.metrics import MetricsLog
+from mimscale.training.planning.throughput import flops_per_image, training_flops
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.transfer.recipe import FinetuneRecipe
 from mimscale.transfer.weights import task_encoder
 
-# A result's scores, by what they are called in a fine-tuning's last validation.
-SCORE_KEYS = {"val_top1": "top1", "val_box_ap": "ap_box", "val_mask_ap": "ap_mask", "val_miou": "miou"}
 CURVE_POINTS = 200
 
 
@@ -53,8 +51,7 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
     about: dict[str, Any] = {**_about(folder.study, origin, recipe), "task": job.task}
     if job.launcher == "finetune":
         about["start"] = origin.id
-        last = (found or {}).get("validation") or {}
-        about["scores"] = {score: last[key] for key, score in SCORE_KEYS.items() if key in last}
+        about["scores"] = _scores(found or {})
     elif found:
         last = found["validation"] or {}
         about |= {key: last.get(key) for key in ("val_loss", "val_loss_l1", "val_loss_l2")}
@@ -75,6 +72,15 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         note=record.note or record.verdict,
         **about,
     )
+
+
+def _scores(found: dict[str, Any]) -> dict[str, float]:
+    """Scores of a fine-tuning's ``result.json``: its task's own, and what else of the paper's scores it measured."""
+    if found.get("value") is None:
+        return {}
+    last = found["validation"]
+    others = {name: last[f"val_{name}"] for _, name in SCORES if f"val_{name}" in last}
+    return {found["metric"]: found["value"], **others}
 
 
 def _status(found: dict[str, Any] | None, record: Record, there: bool) -> Status:
@@ -159,9 +165,8 @@ def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
         size = values["data"]["image_size"]
         with torch.device("meta"):
             encoder = task_encoder(recipe)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                encoder.eval()(torch.empty(1, 3, size, size))
-        return _count(encoder), _count(encoder), 3 * counter.get_total_flops()
+        flops = training_flops(lambda: encoder, lambda module: module(torch.empty(1, 3, size, size)))
+        return _count(encoder), _count(encoder), flops
     except RecipeError as error:
         raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
 

@@ -14,7 +14,7 @@ from typing import Any
 from mimscale.models.factory import encoder_names
 from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
-from mimscale.training.metrics import GPU_PEAKS, MetricsLog, flops_per_image
+from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.memory import (
     RankMemory,
     activation_bytes,
@@ -22,6 +22,7 @@ from mimscale.training.planning.memory import (
     parameter_sizes,
     plan_rank,
 )
+from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.run_folder import write_beside
 

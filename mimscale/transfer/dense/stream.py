@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mimscale.data import DamagedSample, SampleOrder, ShardError, draws
+from mimscale.data.stream.order import evenly_spread
 from mimscale.data.stream.workers import batches
 
 
@@ -213,9 +214,7 @@ class HeldOutStream:
     ):
         self.images, self.rank, self.world_size = images, rank, world_size
         self.workers, self.max_damaged = workers, max_damaged
-        total = len(images.keys)
-        count = total if limit is None else min(limit, total)
-        self.numbers = np.arange(count) * total // max(count, 1)
+        self.numbers = evenly_spread(len(images.keys), limit)
 
     def __len__(self) -> int:
         """Images that each rank takes."""
