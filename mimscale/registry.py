@@ -199,7 +199,9 @@ def load_plugins(packages: object) -> None:
         raise RegistryError(f"plugins: must be a list of packages, as [my_package], not {packages!r}")
     for package in packages:
         if not isinstance(package, str) or not PACKAGE.fullmatch(package):
-            raise RegistryError(f"plugins: {package!r} is no name of a package, such as my_package or my_package.encoders")
+            raise RegistryError(
+                f"plugins: {package!r} is no name of a package, such as my_package or my_package.encoders"
+            )
         if package in sys.modules:
             continue
         try:

@@ -71,6 +71,10 @@ class Document(Section):
     error: ClassVar[type[SchemaError]] = SchemaError
     renamed: ClassVar[dict[str, str]] = {}
 
+    @classmethod
+    def prepare(cls, values: dict[str, Any]) -> None:
+        """What is to be done before ``values``, nested and unchecked, are looked at."""
+
 
 @dataclass(frozen=True)
 class ChosenBy:
@@ -105,11 +109,11 @@ class ChosenBy:
         if name is None:
             raise PydanticCustomError("chosen", "lacks '{key}': one of {names}", self._context())
         if not isinstance(name, str):
-            raise PydanticCustomError("chosen", "{key}: must be one of {names}", self._context())
+            raise PydanticCustomError("choice", "must be one of {names}", self._context())
         try:
             section = self.section(name)
         except ValueError as error:
-            raise PydanticCustomError("chosen", "{key}: {problem}", self._context() | {"problem": str(error)}) from None
+            raise PydanticCustomError("choice", "{problem}", self._context() | {"problem": str(error)}) from None
         return section.model_validate({self.key: name, **value})
 
     def _context(self) -> dict[str, Any]:
@@ -381,6 +385,21 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Document]
     values[leaf] = _value(path, text, fields, schema)
 
 
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], schema: type[Document]) -> None:
+    """Set several ``section.key=value`` in nested ``values``; a plug-in's keys are known once it is loaded.
+
+    Raises:
+        SchemaError: (the schema's ``error``) see :func:`apply_override`; or a plug-in is not there.
+    """
+    first = [override for override in overrides if override.startswith("plugins=")]
+    for override in first:
+        apply_override(values, override, schema)
+    schema.prepare(values)
+    for override in overrides:
+        if override not in first:
+            apply_override(values, override, schema)
+
+
 def _parts(path: str, schema: type[BaseModel]) -> list[str]:
     """The parts of a path; the key of a mapping to anything is one part, dots included."""
     parts = path.split(".")
@@ -451,6 +470,7 @@ def resolve(values: dict[str, Any], where: str, schema: type[AnyDocument]) -> An
             kind; all problems are listed.
     """
     check_kind(values, where, schema)
+    schema.prepare(values)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -475,6 +495,8 @@ def _problem(item: Any, where: str, schema: type[Document]) -> str:
         return f"{where} lacks '{path}'"
     if item["type"] in ("chosen", "section"):
         return f"{path} in {where} {item['msg']}" if not item["msg"].startswith("{") else item["msg"]
+    if item["type"] == "choice":
+        return f"{path}.{item['ctx']['key']} in {where}: {item['msg']}"
     shown = repr(item["input"])
     return f"{path} in {where}: {item['msg']}, not {shown if len(shown) <= 200 else shown[:200] + '...'}"
 
@@ -500,8 +522,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[AnyDocument]) 
     """
     values = read_yaml(Path(path), schema.noun, schema.error)
     check_kind(values, str(path), schema)
-    for override in overrides:
-        apply_override(values, override, schema)
+    apply_overrides(values, overrides, schema)
     return resolve(values, str(path), schema)
 
 

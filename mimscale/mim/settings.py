@@ -24,7 +24,9 @@ class MIMSettings(Section):
 
     objective: str = key(..., "What is learnt.")
     loss: Literal["l1", "l2"] | None = key(
-        None, "Mean absolute (l1) or squared (l2) difference to the target; null: what the fidelity uses.", "section 3.1"
+        None,
+        "Mean absolute (l1) or squared (l2) difference to the target; null: what the fidelity uses.",
+        "section 3.1",
     )
     mask_ratio: Ratio = key(..., "Share of an image that is masked.")
     target: Word | None = key(None, "What is predicted, by name; null: the objective's own target.")
@@ -60,7 +62,7 @@ class MIMSettings(Section):
 class SimMIMSettings(MIMSettings):
     """SimMIM (section 3.1): masked squares are replaced by a token, and a light decoder predicts what they held."""
 
-    losses = {"paper": "l2", "released": "l1"}
+    losses: ClassVar[dict[str, str]] = {"paper": "l2", "released": "l1"}
 
     objective: str = key("simmim", "SimMIM.", "section 3.1")
     decoder: Literal["linear", "4-blocks", "8-blocks"] = key(
@@ -103,7 +105,9 @@ class MAESettings(MIMSettings):
     decoder_dim: Positive = key(512, "Width of the decoder.", "He et al., 2022")
     decoder_depth: Positive = key(8, "Blocks of the decoder.", "He et al., 2022")
     decoder_heads: Positive = key(16, "Attention heads of the decoder.", "He et al., 2022")
-    mask_ratio: Ratio = key(MAE_RATIO, "Share of the patches that are masked; the visible are rounded down.", "section 3.1")
+    mask_ratio: Ratio = key(
+        MAE_RATIO, "Share of the patches that are masked; the visible are rounded down.", "section 3.1"
+    )
 
     def mask_geometry(self, model: EncoderSettings, image_size: int) -> MaskGeometry:
         """The encoder's own patches."""

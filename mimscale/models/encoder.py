@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mimscale.models.recompute import Checkpoint
 from mimscale.models.settings import EncoderSettings
 
+SET_LATER = ("made_from", "preprocessing")
+
 
 class Part(NamedTuple):
     """One tensor of a file: its name there, and where it comes from.
@@ -77,6 +79,7 @@ class Encoder(nn.Module, ABC):
         mask_token: what stands for masked patches; ``None`` without.
         blocks: what can be recomputed and compiled, one after the other.
         made_from: the arguments of ``create_encoder`` that make it again, set by that.
+        preprocessing: how the images of its run or file are made, set where that is known.
     """
 
     Settings: ClassVar[type[EncoderSettings]]
@@ -93,9 +96,10 @@ class Encoder(nn.Module, ABC):
     feature_info: list[dict[str, Any]]
     mask_token: nn.Parameter | None
     made_from: dict[str, Any]
+    preprocessing: Any
 
     @abstractmethod
-    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
         """Run the encoder; every use goes through here, so that ZeRO-3 gathers the parameters it owns.
 
         ``forward(images, mask=None, draw_keys=None, output="logits")``, with ``visible=None`` in place of ``mask`` or beside it
@@ -156,18 +160,13 @@ class Encoder(nn.Module, ABC):
         for block in self.blocks:  # type: ignore[union-attr]
             block.compile(**options)
 
-    def drop_head(self) -> None:
-        """Give pooled features from here on: those that went into the classifier."""
-        if self.num_classes:
-            self.head = nn.Identity()
-
     def check(self) -> None:
         """Raise unless the constructor has set every attribute.
 
         Raises:
             ValueError: naming those that are missing.
         """
-        wanted = [n for n in Encoder.__annotations__ if n != "made_from" and not hasattr(self, n)]
+        wanted = [n for n in Encoder.__annotations__ if n not in SET_LATER and not hasattr(self, n)]
         wanted += [] if hasattr(self, "blocks") else ["blocks"]
         if wanted:
             raise ValueError(f"{type(self).__qualname__} does not set {', '.join(wanted)}; see mimscale.models.Encoder")
@@ -192,7 +191,8 @@ def spread_mask(mask: Tensor, grid: tuple[int, int], images: torch.Size) -> Tens
     Raises:
         ValueError: cells that are not the same whole number of tokens in each direction.
     """
-    rows, columns = (side // cells if cells and not side % cells else 0 for side, cells in zip(grid, mask.shape[1:]))
+    cells = zip(grid, mask.shape[1:], strict=False)
+    rows, columns = (side // count if count and not side % count else 0 for side, count in cells)
     if mask.ndim != 3 or len(mask) != images[0] or not rows or rows != columns:
         raise ValueError(
             f"mask must be (B, h, w) with h and w dividing the {grid[0]} x {grid[1]} patches of images {tuple(images)} alike, "

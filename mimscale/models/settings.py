@@ -22,7 +22,9 @@ class EncoderSettings(Section):
 
     name: str = key(..., "Which encoder, and of what size.")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.1, "Drop rate of the last block's residual branches; rates rise linearly from 0 at the first.", "released code"
+        0.1,
+        "Drop rate of the last block's residual branches; rates rise linearly from 0 at the first.",
+        "released code",
     )
 
     @property
@@ -145,7 +147,7 @@ class VitSettings(EncoderSettings):
     """A ViT of MAE's; ``null`` takes the named size's own value."""
 
     shape_keys = ("embed_dim", "depth", "num_heads")
-    paper = {"mim": {"objective": "mae"}, "data": {"image_size": 224}}
+    paper: ClassVar[dict[str, dict[str, Any]]] = {"mim": {"objective": "mae"}, "data": {"image_size": 224}}
 
     embed_dim: Positive | None = key(None, "Channels; null: the named size's.", "He et al., 2022")
     depth: Positive | None = key(None, "Blocks; null: the named size's.", "He et al., 2022")

@@ -14,8 +14,26 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mimscale.mim.masking import hidden_patches
-from mimscale.schema import Document, Place, Positive, SchemaError, Section, Share, Word, load, read_yaml, resolve
+from mimscale.masking import MaskGeometry
+from mimscale.mim.settings import MIMSettings
+from mimscale.models.settings import EncoderSettings
+from mimscale.registry import RegistryError, encoders, load_plugins, objectives
+from mimscale.schema import (
+    ChosenBy,
+    Document,
+    Place,
+    Positive,
+    SchemaError,
+    Section,
+    Share,
+    Word,
+    choice,
+    flatten,
+    key,
+    load,
+    read_yaml,
+    resolve,
+)
 
 
 class RecipeError(SchemaError):
@@ -76,37 +94,6 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     max_damaged: Annotated[int, Field(ge=0)] = 100
     validation_images: Positive | None = None
-
-
-class Model(Section):
-    """The encoder (Table 1). ``None`` takes the named size's own value."""
-
-    name: str
-    window_size: Positive = 12
-    pretrained_window_size: int | tuple[int, int, int, int] = 0
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    embed_dim: Positive | None = None
-    depths: tuple[Positive, ...] | None = None
-    num_heads: tuple[Positive, ...] | Positive | None = None
-    depth: Positive | None = None
-
-
-class MIM(Section):
-    """The objective (section 3.1, Table 4).
-
-    ``loss: null`` is what the chosen fidelity uses (paper l2, released l1), ``mask_ratio: null`` what the objective uses
-    (SimMIM 0.6, MAE 0.75).
-    """
-
-    objective: Literal["simmim", "mae"] = "simmim"
-    loss: Literal["l1", "l2"] | None = None
-    decoder: Literal["linear", "4-blocks", "8-blocks"] = "linear"
-    target_window: Positive | None = 47
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    norm_pix: bool = True
-    decoder_dim: Positive = 512
-    decoder_depth: Positive = 8
-    decoder_heads: Positive = 16
 
 
 class Optimizer(Section):
@@ -178,10 +165,37 @@ class RunRecipe(Document):
     free_keys: ClassVar[frozenset[str]] = FREE_KEYS
     # Keys of the data section without which there is nothing to train on, and what each is set to.
     data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
+    # What recipes had of every encoder and objective before each had keys of its own, with the defaults. Runs and studies from
+    # then hold all of them.
+    former: ClassVar[dict[str, Any]] = {}
+    # Keys that have come since, which make no other recipe of one that leaves them at their default.
+    added: ClassVar[dict[str, Any]] = {"plugins": []}
 
+    plugins: tuple[str, ...] = key(
+        (), "Packages to import before the rest is read: they register encoders, objectives, targets, tasks or sources."
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
+
+    @classmethod
+    def prepare(cls, values: dict[str, Any]) -> None:
+        """Import the plug-ins that ``values`` name.
+
+        Raises:
+            RecipeError: one is not there, or cannot be imported.
+        """
+        try:
+            load_plugins(values.get("plugins") or ())
+        except RegistryError as error:
+            raise RecipeError(str(error)) from None
+
+    def deciding(self) -> dict[str, Any]:
+        """Every dotted key that can change a loss, with its value, as recipes have had them from the beginning."""
+        values = flatten(self.model_dump(mode="json"))
+        kept = {name: value for name, value in values.items() if name not in self.free_keys}
+        kept = {name: value for name, value in kept.items() if name not in self.added or value != self.added[name]}
+        return self.former | kept
 
     @property
     def learning_rate(self) -> float:
@@ -195,66 +209,86 @@ class RunRecipe(Document):
             RecipeError: naming the key that is not set.
         """
         data: Any = self.data  # type: ignore[attr-defined]
-        for key, kind in self.data_places.items():
-            if getattr(data, key) is None:
-                raise RecipeError(f"data.{key} is not set: give data.{key}={kind}")
+        for name, kind in self.data_places.items():
+            if getattr(data, name) is None:
+                raise RecipeError(f"data.{name} is not set: give data.{name}={kind}")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
 
 
+ANY_ENCODER = {"embed_dim": None, "depths": None, "num_heads": None, "depth": None, "pretrained_window_size": 0}
+
+
 class Recipe(RunRecipe):
     """A pre-training recipe. ``fidelity`` settles where the paper and its released code differ."""
 
     noun = "pre-training recipe"
+    former = {f"model.{name}": value for name, value in {**ANY_ENCODER, "window_size": 12}.items()} | {
+        "mim.decoder": "linear",
+        "mim.target_window": 47,
+        "mim.norm_pix": True,
+        "mim.decoder_dim": 512,
+        "mim.decoder_depth": 8,
+        "mim.decoder_heads": 16,
+    }
+    added = RunRecipe.added | {"mim.mask_patch": 32, "mim.target": None}
 
     fidelity: Literal["paper", "released"] = "paper"
     data: Data = Data()
-    model: Model
-    mim: MIM = MIM()
+    model: Annotated[EncoderSettings, ChosenBy("name", None, encoders.settings, encoders.names)]
+    mim: Annotated[MIMSettings, ChosenBy("objective", "simmim", objectives.settings, objectives.names)]
     train: PretrainTrain = PretrainTrain()
 
     @model_validator(mode="before")
     @classmethod
-    def _settle_the_objective(cls, values: Any) -> Any:
+    def _settle_the_loss(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("mim") or {}, dict):
             mim = dict(values.get("mim") or {})
-            simmim = mim.get("objective", "simmim") == "simmim"
-            if mim.get("loss") is None:
-                mim["loss"] = "l1" if simmim and values.get("fidelity") == "released" else "l2"
-            if mim.get("mask_ratio") is None:
-                mim["mask_ratio"] = 0.6 if simmim else 0.75
+            section = chosen_section(cls, "mim", mim)
+            if section is not None and mim.get("loss") is None:
+                mim["loss"] = section.losses.get(str(values.get("fidelity", "paper")))
             values = {**values, "mim": mim}
         return values
 
     @property
-    def mask_patch(self) -> int:
-        """Side in pixels of the squares that are hidden or shown: 32 for SimMIM, the encoder's patch for MAE."""
-        if self.mim.objective == "simmim":
-            return 32
-        return 14 if self.model.name == "vit_h" else 16
-
-    @property
-    def mask_grid(self) -> int:
-        """Side of the mask, in mask patches."""
-        return self.data.image_size // self.mask_patch
-
-    @property
-    def hidden(self) -> int:
-        """Mask patches hidden in each image: ceil(ratio * L) for SimMIM, L - int(L * (1 - ratio)) for MAE."""
-        return hidden_patches(self.mim.objective, self.mask_grid**2, self.mim.mask_ratio)
+    def mask(self) -> MaskGeometry:
+        """What is masked of each image."""
+        return self.mim.mask_geometry(self.model, self.data.image_size)
 
     @model_validator(mode="after")
     def _mask_patches_fit(self) -> Recipe:
-        size, patch = self.data.image_size, self.mask_patch
-        if size % patch:
-            raise PydanticCustomError(
-                "image_size",
-                "data.image_size={size} is not a multiple of the {patch}-pixel mask patch of {name}; {fits} would fit",
-                {"size": size, "patch": patch, "name": self.model.name, "fits": size // patch * patch or patch},
-            )
+        try:
+            _ = self.mask
+        except ValueError as error:
+            raise PydanticCustomError("mask", "{problem}", {"problem": str(error)}) from None
         return self
+
+
+def chosen_section(schema: type[Document], name: str, values: dict[str, Any]) -> Any:
+    """The class of a section of which there are several, that ``values`` choose; ``None`` where they choose none."""
+    chosen = choice(schema.model_fields[name])
+    try:
+        return chosen.of(values) if chosen else None
+    except ValueError:
+        return None
+
+
+def paper_recipe(model: str, **sections: dict[str, Any]) -> Recipe:
+    """A pre-training of a named encoder with the paper's settings; ``sections`` are set besides.
+
+    Raises:
+        RecipeError: there is no such encoder.
+    """
+    try:
+        paper = encoders.settings(model).paper
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
+    values: dict[str, Any] = {"model": {"name": model}}
+    for name in {*paper, *sections}:
+        values[name] = {**paper.get(name, {}), **sections.get(name, {})}
+    return resolve(values, model, Recipe)
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -276,9 +310,18 @@ def load_recipe(
 def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
     """The recipe that a run was trained with, from what its folder or a checkpoint holds.
 
+    Runs from before encoders and objectives had keys of their own hold those of all; what belongs to another is left out.
+
     Raises:
-        RecipeError: it was changed into something that is no recipe of this kind.
+        RecipeError: it was changed into something that is no recipe of this kind, or a plug-in of its is not there.
     """
+    schema.prepare(values)
+    former = [path.split(".") for path in schema.former]
+    for name in dict.fromkeys(section for section, _ in former):
+        held = values.get(name)
+        if isinstance(held, dict) and (section := chosen_section(schema, name, held)) is not None:
+            others = {leaf for _, leaf in former if leaf not in section.model_fields}
+            values = {**values, name: {leaf: value for leaf, value in held.items() if leaf not in others}}
     return resolve(values, where, schema)
 
 

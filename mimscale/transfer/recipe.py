@@ -1,41 +1,21 @@
 """Fine-tuning recipes: what they all hold, and how a file's ``task`` finds its kind.
 
-A recipe file says ``task: classification`` (or another of ``TASKS``). Each task is a subclass of ``TransferTask`` (see
+A recipe file says ``task: classification``, or another that is registered. Each task is a subclass of ``TransferTask`` (see
 ``mimscale.transfer.task``) whose ``schema`` is a subclass of :class:`FinetuneRecipe` with the sections of its own.
 """
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mimscale.schema import Positive, Section, apply_override
-from mimscale.training.recipe import FREE_KEYS, Model, RecipeError, RunRecipe, load_recipe, recipe_values
-
-# task -> (module, class); imported only when it is the one that is asked for.
-TASKS = {
-    "classification": ("mimscale.transfer.classification.task", "Classification"),
-    "detection": ("mimscale.transfer.detection.task", "Detection"),
-    "segmentation": ("mimscale.transfer.segmentation.task", "Segmentation"),
-}
-
-
-class TransferModel(Model):
-    """The encoder at the task's size.
-
-    ``pretrained_image_size`` is the side of the images that its positions were trained at (ViT: ``null`` is the task's own).
-    SwinV2's position bias was trained in windows of ``pretrained_window_size``, clipped to the maps of those images; four
-    numbers give the windows of the stages themselves, 0 the task's own. ``extra_norm_every`` is for released weights that
-    have such norms.
-    """
-
-    window_size: Positive = 14
-    pretrained_image_size: Positive | None = None
-    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+from mimscale.models.settings import EncoderSettings
+from mimscale.registry import RegistryError, encoders, tasks
+from mimscale.schema import ChosenBy, Section, apply_overrides
+from mimscale.training.recipe import ANY_ENCODER, FREE_KEYS, RecipeError, RunRecipe, load_recipe, recipe_values
 
 
 class Finetune(Section):
@@ -49,6 +29,16 @@ class Finetune(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+def transfer_settings(name: str) -> type[EncoderSettings]:
+    """The ``model`` section of a fine-tuning of that encoder.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    section = encoders.settings(name)
+    return section.transfer or section
+
+
 class FinetuneRecipe(RunRecipe):
     """What the recipes of all fine-tuning tasks hold; each adds a ``data`` section and what else it needs.
 
@@ -57,10 +47,19 @@ class FinetuneRecipe(RunRecipe):
 
     noun = "fine-tuning recipe"
     free_keys = FREE_KEYS
+    former: ClassVar[dict[str, Any]] = {
+        f"model.{name}": value
+        for name, value in {
+            **ANY_ENCODER,
+            "window_size": 14,
+            "pretrained_image_size": None,
+            "extra_norm_every": 0,
+        }.items()
+    }
     pad_windows: ClassVar[bool] = False
 
     task: str
-    model: TransferModel
+    model: Annotated[EncoderSettings, ChosenBy("name", None, transfer_settings, encoders.names)]
     finetune: Finetune = Finetune()
 
 
@@ -71,19 +70,11 @@ def find_task(name: object) -> Any:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
     """
     if name is None:
-        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
-        raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
-    module, attribute = TASKS[str(name)]
+        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(tasks.names())}")
     try:
-        return getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mimscale"):
-            raise
-        raise RecipeError(
-            f"task {name} needs {error.name}, which is not installed: pip install 'mimscale[dense]'"
-        ) from None
+        return tasks.get(str(name))
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
 
 
 def schema_of(name: object) -> type[FinetuneRecipe]:
@@ -91,21 +82,17 @@ def schema_of(name: object) -> type[FinetuneRecipe]:
     return find_task(name).schema
 
 
-def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
+def recipe_schema(path: str | Path, overrides: Sequence[str] = ()) -> type[FinetuneRecipe]:
     """The kind of recipe that a file holds.
 
     Raises:
         RecipeError: it cannot be read, or names no known task.
     """
-    name = recipe_values(path).get("task")
-    for override in overrides:
-        if override.partition("=")[0] == "task":
-            values: dict = {}
-            apply_override(values, override, FinetuneRecipe)
-            name = values["task"]
-    return schema_of(name)
+    values = recipe_values(path)
+    apply_overrides(values, [o for o in overrides if o.startswith(("task=", "plugins="))], FinetuneRecipe)
+    return schema_of(values.get("task"))
 
 
-def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
     """Read a fine-tuning recipe of any task; see :func:`mimscale.training.recipe.load_recipe`."""
     return load_recipe(path, overrides, recipe_schema(path, overrides))

@@ -21,9 +21,7 @@ class VitTimm:
         encoder = model.encoder
         parts = [part for part in encoder_parts(names) if part.name != "mask_token"]
         if encoder.pos_embed is None:
-            table = sincos_positions(
-                encoder.embed_dim, encoder.grid, encoder.grid, torch.device("cpu"), torch.float32
-            )
+            table = sincos_positions(encoder.embed_dim, encoder.grid, encoder.grid, torch.device("cpu"), torch.float32)
             parts.append(Part("pos_embed", table))
         return parts
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
-from mimscale.models.sizes import SWIN_SIZES
 from mimscale.schema import Positive, Section
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
 from mimscale.training.errors import RankLocalError
@@ -83,20 +82,13 @@ class DenseRecipe(FinetuneRecipe):
 
     @model_validator(mode="after")
     def _has_a_pyramid(self) -> DenseRecipe:
-        if self.model.name not in SWIN_SIZES:
+        if not self.model.pyramid:
             raise PydanticCustomError(
                 "pyramid",
-                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not: {names}",
-                {"name": self.model.name, "names": ", ".join(SWIN_SIZES)},
+                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not",
+                {"name": self.model.name},
             )
         return self
-
-
-def stage_widths(recipe: DenseRecipe) -> list[int]:
-    """Channels of the encoder's maps, told without making one: under ZeRO-3 that would be partitioned over the ranks."""
-    model = recipe.model
-    size = SWIN_SIZES[model.name]
-    return [(model.embed_dim or size.embed_dim) * 2**stage for stage in range(len(model.depths or size.depths))]
 
 
 class PyramidNorms(nn.Module):
