@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mimscale.registry import encoders
 
 if TYPE_CHECKING:
-    from mimscale.models.encoder import Encoder
+    from mimscale.models.encoder import Encoder, spread_mask
     from mimscale.models.factory import create_encoder
+    from mimscale.models.recompute import set_checkpoints
     from mimscale.models.settings import EncoderSettings
     from mimscale.models.weights.export import load
     from mimscale.models.weights.released import CheckpointMismatch, load_released
@@ -24,6 +25,8 @@ _HOME = {
     "create_encoder": "factory",
     "load": "weights.export",
     "load_released": "weights.released",
+    "set_checkpoints": "recompute",
+    "spread_mask": "encoder",
 }
 
 __all__ = [
@@ -34,6 +37,8 @@ __all__ = [
     "encoder_names",
     "load",
     "load_released",
+    "set_checkpoints",
+    "spread_mask",
 ]
 
 
