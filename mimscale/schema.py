@@ -6,6 +6,7 @@ by :func:`key`, so that every key has a default, a description, and where it com
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,8 +129,12 @@ class ChosenBy:
         return self.section(values.get(self.key, self.default) or "")
 
     def sections(self) -> dict[str, type[Section]]:
-        """Every section that there is, by the value that chooses it."""
-        return {name: self.section(name) for name in self.names()}
+        """Every section that can be had, by the value that chooses it: a plug-in that cannot be used keeps no others away."""
+        found = {}
+        for name in self.names():
+            with contextlib.suppress(ValueError):
+                found[name] = self.section(name)
+        return found
 
 
 # -- what a schema holds -----------------------------------------------------------------------------------------------
