@@ -18,7 +18,7 @@ from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.schema import Positive, Section, Word
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.errors import RankLocalError
+from mimscale.training.errors import read_here
 from mimscale.training.planning.throughput import training_flops
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
@@ -208,14 +208,11 @@ class Classification(TransferTask):
             crops=CropSpec.of(data),
             rand_augment=data.rand_augment,
         )
-        try:
-            for batch in stream:
-                images, targets = self.mixing(
-                    self.normalised(batch, ranks.device), batch.labels.to(ranks.device), batch.draw_keys
-                )
-                yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
-        except (ShardError, OSError) as error:
-            raise RankLocalError(str(error)) from error
+        for batch in read_here(stream):
+            images, targets = self.mixing(
+                self.normalised(batch, ranks.device), batch.labels.to(ranks.device), batch.draw_keys
+            )
+            yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
 
     def normalised(self, batch: LabelledBatch, device: torch.device) -> Tensor:
         """A batch's images (b, 3, S, S) fp32 on the device, with the recipe's mean and deviation taken out."""
