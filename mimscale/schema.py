@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
@@ -124,6 +124,8 @@ class ChosenBy:
         name = value.get(self.key, self.default)
         if name is None:
             raise PydanticCustomError("chosen", "lacks '{key}': one of {names}", self._context())
+        if not isinstance(name, str):
+            raise PydanticCustomError("chosen", "{key}: must be one of {names}", self._context())
         try:
             section = self.section(name)
         except ValueError as error:
@@ -133,23 +135,17 @@ class ChosenBy:
     def _context(self) -> dict[str, Any]:
         return {"key": self.key, "names": ", ".join(self.names())}
 
+    def of(self, values: Mapping[str, Any]) -> type[Section]:
+        """The section that ``values`` are keys of.
+
+        Raises:
+            ValueError: they choose one that there is not.
+        """
+        return self.section(values.get(self.key, self.default) or "")
+
     def sections(self) -> dict[str, type[Section]]:
         """Every section that there is, by the value that chooses it."""
         return {name: self.section(name) for name in self.names()}
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        """The keys of the section that the choosing key's value has, for editors."""
-        by_section: dict[type[Section], list[str]] = {}
-        for name, section in self.sections().items():
-            by_section.setdefault(section, []).append(name)
-        cases = []
-        for section, names in by_section.items():
-            chosen: dict[str, Any] = {"properties": {self.key: {"enum": names}}}
-            if self.default not in names:
-                chosen["required"] = [self.key]
-            cases.append({"if": chosen, "then": handler(section.__pydantic_core_schema__)})
-        needed = {"required": [self.key]} if self.default is None else {}
-        return {"type": "object", "properties": {self.key: {"enum": self.names()}}, **needed, "allOf": cases}
 
 
 @dataclass(frozen=True)
@@ -190,18 +186,23 @@ class Key:
         field: pydantic's, with annotation, default and description.
         only: values of the choosing key with which it is there, e.g. ("simmim",); empty for always.
         chooser: the choosing key of its section, e.g. "objective".
-        choices: of the choosing key itself: every value, and the default.
+        choices: of the choosing key itself: every value, with what it says of itself.
+        chosen: of that key: the default.
     """
 
     path: str
     field: FieldInfo
     only: tuple[str, ...] = ()
     chooser: str = ""
-    choices: tuple[tuple[str, ...], str | None] | None = None
+    choices: tuple[tuple[str, str], ...] = ()
+    chosen: str | None = None
 
     @property
     def about(self) -> str:
         """What it does."""
+        texts = dict.fromkeys(about for _, about in self.choices)
+        if len(texts) > 1:
+            return "; ".join(f"{name}: {about.rstrip('.')}" for name, about in self.choices) + "."
         return self.field.description or ""
 
     @property
@@ -222,13 +223,13 @@ class Key:
     @property
     def required(self) -> bool:
         """Whether it has to be given."""
-        return self.choices[1] is None if self.choices else self.field.is_required()
+        return self.chosen is None if self.choices else self.field.is_required()
 
     @property
     def default(self) -> Any:
         """What it is where it is not given."""
         if self.choices:
-            return self.choices[1]
+            return self.chosen
         return None if self.required else self.field.get_default(call_default_factory=True)
 
 
@@ -237,13 +238,13 @@ def _mark(field: FieldInfo, name: str) -> Any:
     return extra.get(name) if isinstance(extra, dict) else None
 
 
-def _plain(annotation: Any) -> Any:
+def unmarked(annotation: Any) -> Any:
     """An annotation without its metadata, and without ``None``."""
     while typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     members = _members(annotation)
     if len(members) == 1 and members[0] is not annotation:
-        return _plain(members[0])
+        return unmarked(members[0])
     return annotation
 
 
@@ -253,24 +254,28 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-Marker = TypeVar("Marker", ChosenBy, KeysOf)
+def choice(field: FieldInfo) -> ChosenBy | None:
+    """How a field's section is chosen; ``None`` where there is one only."""
+    return next((item for item in field.metadata if isinstance(item, ChosenBy)), None)
 
 
-def _marker(field: FieldInfo, kind: type[Marker]) -> Marker | None:
-    return next((item for item in field.metadata if isinstance(item, kind)), None)
+def keys_of(field: FieldInfo) -> KeysOf | None:
+    """Whose keys a field is a mapping of; ``None`` where it is none of another document's."""
+    return next((item for item in field.metadata if isinstance(item, KeysOf)), None)
 
 
-def _is_section(kind: Any) -> bool:
+def is_section(kind: Any) -> bool:
+    """Whether it is a section, with keys of its own."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _inner(kind: Any) -> tuple[str | None, Any]:
+def held_by(kind: Any) -> tuple[str | None, Any]:
     """What a mapping or a list holds, as (part of the path, kind); (None, kind) for neither."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
-        return NAME, _plain(arguments[1])
+        return NAME, unmarked(arguments[1])
     if origin in (list, tuple) and arguments:
-        return NUMBER, _plain(arguments[0])
+        return NUMBER, unmarked(arguments[0])
     return None, kind
 
 
@@ -278,34 +283,35 @@ def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key of a schema that holds a value, in order, sections gone into."""
     for attribute, field in schema.model_fields.items():
         path = prefix + (field.alias or attribute)  # a key such as `from` cannot be an attribute
-        if (choice := _marker(field, ChosenBy)) is not None:
-            yield from merged(choice, f"{path}.")
+        if (chosen := choice(field)) is not None:
+            yield from merged(chosen, f"{path}.")
             continue
-        kind = _plain(field.annotation)
-        part, held = _inner(kind)
-        if _is_section(kind):
+        kind = unmarked(field.annotation)
+        part, held = held_by(kind)
+        if is_section(kind):
             yield from describe(kind, f"{path}.")
-        elif part is not None and _is_section(held):
+        elif part is not None and is_section(held):
             yield from describe(held, f"{path}.{part}.")
         else:
             yield Key(path, field)
 
 
-def merged(choice: ChosenBy, prefix: str = "") -> Iterator[Key]:
+def merged(chosen: ChosenBy, prefix: str = "") -> Iterator[Key]:
     """The keys of several sections of which one is chosen, each once for all that describe it alike."""
-    sections = choice.sections()
+    sections = chosen.sections()
     held = {name: {k.path: k for k in describe(section, prefix)} for name, section in sections.items()}
     for path in dict.fromkeys(path for keys in held.values() for path in keys):
         names = [name for name, keys in held.items() if path in keys]
-        if path == prefix + choice.key:
-            yield Key(path, held[names[0]][path].field, choices=(tuple(sections), choice.default))
+        if path == prefix + chosen.key:
+            choices = tuple((name, held[name][path].about) for name in names)
+            yield Key(path, held[names[0]][path].field, choices=choices, chosen=chosen.default)
             continue
         alike: dict[tuple[str, str], list[str]] = {}
         for name in names:
             alike.setdefault((held[name][path].about, repr(held[name][path].default)), []).append(name)
         for group in alike.values():
             found = held[group[0]][path]
-            yield found if len(group) == len(sections) else replace(found, only=tuple(group), chooser=choice.key)
+            yield found if len(group) == len(sections) else replace(found, only=tuple(group), chooser=chosen.key)
 
 
 def known_keys(schema: type[BaseModel]) -> list[str]:
@@ -338,6 +344,11 @@ def find(schema: type[BaseModel], path: str) -> list[FieldInfo] | None:
     return [spot.field for spot in _spots(schema, path) if spot.field is not None] or None
 
 
+def kinds_at(schema: type[BaseModel], path: str) -> list[Any]:
+    """What the values at a path are, sections among them; the schema itself for an empty path."""
+    return [spot.kind for spot in _spots(schema, path)] if path else [schema]
+
+
 def _spots(schema: type[BaseModel], path: str) -> list[Spot]:
     return list(_walk(Spot(schema, None), path.split("."))) if len(path) <= 5 * SHOWN else []
 
@@ -346,27 +357,27 @@ def _walk(spot: Spot, parts: list[str]) -> Iterator[Spot]:
     """What lies at the end of a path, from what lies at its beginning."""
     if not parts:
         yield spot
-    elif _is_section(spot.kind):
-        field = _fields(spot.kind).get(parts[0])
+    elif is_section(spot.kind):
+        field = fields_of(spot.kind).get(parts[0])
         if field is None:
             return
         steps = (*spot.steps, parts[0])
-        if (keys := _marker(field, KeysOf)) is not None and len(parts) > 1:
+        if (keys := keys_of(field)) is not None and len(parts) > 1:
             for schema in keys.schemas():
                 for inner in _walk(Spot(schema, None), parts[1:]):
                     yield Spot(inner.kind, inner.field, (*steps, ".".join(parts[1:])))
             return
-        choice = _marker(field, ChosenBy)
-        for kind in dict.fromkeys(choice.sections().values()) if choice else [_plain(field.annotation)]:
+        chosen = choice(field)
+        for kind in dict.fromkeys(chosen.sections().values()) if chosen else [unmarked(field.annotation)]:
             yield from _walk(Spot(kind, field, steps), parts[1:])
     else:
-        part, held = _inner(spot.kind)
+        part, held = held_by(spot.kind)
         arguments = typing.get_args(spot.kind)
         if part == NAME:
             field = FieldInfo(annotation=arguments[1])
             # A name may have dots; where a section ends the path, dots are more likely those of a mistaken key.
             lengths = [*range(1, len(parts)), *([1] if len(parts) == 1 else [])]
-            for length in lengths if _is_section(held) else [len(parts)]:
+            for length in lengths if is_section(held) else [len(parts)]:
                 name = ".".join(parts[:length])
                 yield from _walk(Spot(held, field, (*spot.steps, name)), parts[length:])
         elif part == NUMBER and (parts[0].isdecimal() or parts[0] == NUMBER):
@@ -374,7 +385,7 @@ def _walk(spot: Spot, parts: list[str]) -> Iterator[Spot]:
             yield from _walk(Spot(held, field, (*spot.steps, parts[0])), parts[1:])
 
 
-def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     """By the names that a file has for them."""
     return {field.alias or attribute: field for attribute, field in section.model_fields.items()}
 
@@ -394,7 +405,7 @@ def nearest_key(path: str, schema: type[BaseModel]) -> str | None:
         return path
     *section, leaf = path.split(".")
     sections = _spots(schema, ".".join(section)) if section else [Spot(schema, None)]
-    siblings = [name for spot in sections if _is_section(spot.kind) for name in _fields(spot.kind)]
+    siblings = [name for spot in sections if is_section(spot.kind) for name in fields_of(spot.kind)]
     if (near := nearest(leaf, siblings)) is not None:
         return ".".join([*section, near])
     keys = known_keys(schema)
@@ -418,30 +429,35 @@ def _with_names(known: str, path: str) -> str:
 
 def unknown_key(path: str, where: str, schema: type[Document]) -> str:
     """What to say of a key that is not in the schema."""
-    renamed = schema.renamed.get(path)
+    schemas, inside, path = _own_key(schema, path)
+    where = f"{inside} of {where}" if inside else where
+    renamed = schemas[0].renamed.get(path)
     if renamed is not None:
         return f"the key '{path}' in {where} has been renamed: write '{renamed}'"
-    near = nearest_key(path, schema)
+    nearest_of = ((nearest_key(path, schema), schema) for schema in schemas)
+    near, schema = next(((near, schema) for near, schema in nearest_of if near), (None, schemas[0]))
     hint = f"did you mean '{near}'? {keys_command(schema, near)} lists" if near else f"{keys_command(schema)} lists"
     return f"unknown key '{shortened(path)}' in {where}; {hint} the keys"
 
 
-def keys_command(schema: type[Document], path: str = "") -> str:
-    """The command that lists the keys of the section that ``path`` lies in, or of the whole document."""
-    schema, path = _own_key(schema, path)
-    section = path.partition(".")[0]
-    known = [section] if "." in path and find(schema, section) else []
-    return " ".join(["mimscale keys", *known, *([] if schema.kind == "pretrain" else ["--kind", schema.kind])])
-
-
-def _own_key(schema: type[Document], path: str) -> tuple[type[Document], str]:
-    """The document whose key a path is, and the key there: another one's in a mapping of its keys."""
+def _own_key(schema: type[Document], path: str) -> tuple[Sequence[type[Document]], str, str]:
+    """Whose key a path is, another document's in a mapping of its keys: the documents, where that lies, and the key there."""
     parts = path.split(".")
     for length in range(1, min(len(parts), SHOWN)):
-        for spot in _spots(schema, ".".join(parts[:length])):
-            if spot.field is not None and (keys := _marker(spot.field, KeysOf)) is not None:
-                return keys.schemas()[0], ".".join(parts[length:])
-    return schema, path
+        inside = ".".join(parts[:length])
+        for spot in _spots(schema, inside):
+            if spot.field is not None and (keys := keys_of(spot.field)) is not None:
+                return keys.schemas(), inside, ".".join(parts[length:])
+    return [schema], "", path
+
+
+def keys_command(schema: type[Document], path: str = "") -> str:
+    """The command that lists the keys of the section that ``path`` lies in, or of the whole document."""
+    schemas, _, path = _own_key(schema, path)
+    section = path.partition(".")[0]
+    known = [section] if "." in path and find(schemas[0], section) else []
+    kind = schemas[0].kind
+    return " ".join(["mimscale keys", *known, *([] if kind == "pretrain" else ["--kind", kind])])
 
 
 def shortened(text: str) -> str:
@@ -631,7 +647,7 @@ def _value(path: str, text: str, fields: Sequence[FieldInfo], schema: type[Docum
 
 def _takes_text(annotation: Any) -> bool:
     """Whether all values but ``None`` are text."""
-    plain = _plain(annotation)
+    plain = unmarked(annotation)
     if typing.get_origin(plain) is Literal:
         return all(isinstance(value, str) for value in typing.get_args(plain))
     members = _members(plain)

@@ -14,13 +14,13 @@ from pydantic import Field
 
 from mimscale.schema import Document, KeysOf, Place, Positive, SchemaError, Section, Word, key, load, nearest
 from mimscale.training.recipe import Recipe
-from mimscale.transfer.recipe import RECIPES
+from mimscale.transfer.recipe import task_schemas
 
 Name = Annotated[Word, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 Names = tuple[Name, ...]
 Decoder = Literal["linear", "4-blocks", "8-blocks"]
 PretrainKeys = Annotated[dict[str, Any], KeysOf(lambda: [Recipe])]
-FinetuneKeys = Annotated[dict[str, Any], KeysOf(lambda: list(RECIPES.sections().values()))]
+FinetuneKeys = Annotated[dict[str, Any], KeysOf(task_schemas)]
 
 
 class StudyError(SchemaError):

@@ -103,6 +103,11 @@ def _entry(name: object) -> tuple[str, str, str]:
     return TASKS[str(name)]
 
 
+def task_schemas() -> list[type[FinetuneRecipe]]:
+    """The kinds of recipe of all tasks."""
+    return [schema_of(name) for name in TASKS]
+
+
 # All tasks' recipes, told apart by their ``task``.
 RECIPES = ChosenBy("task", None, schema_of, lambda: list(TASKS))
 
