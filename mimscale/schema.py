@@ -670,14 +670,13 @@ def check_kind(values: dict[str, Any], where: str, schema: type[Document]) -> No
     Raises:
         SchemaError: (the schema's ``error``) naming its kind, and what takes it.
     """
-    if any(mark in values for mark in KINDS[schema.noun][0]):
-        return
-    for noun, (marks, command) in KINDS.items():
-        found = [mark for mark in marks if mark in values and mark not in schema.model_fields]
-        if noun != schema.noun and found:
-            raise schema.error(
-                f"{where} is a {noun} (it has '{found[0]}'), for mimscale {command}; a {schema.noun} is wanted here"
-            )
+    found = {noun: [mark for mark in marks if mark in values] for noun, (marks, _) in KINDS.items()}
+    likely = max(found, key=lambda noun: (len(found[noun]), noun == schema.noun))
+    if len(found[likely]) > len(found[schema.noun]):
+        mark = next(mark for mark in found[likely] if mark not in found[schema.noun])
+        raise schema.error(
+            f"{where} is a {likely} (it has '{mark}'), for mimscale {KINDS[likely][1]}; a {schema.noun} is wanted here"
+        )
 
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
@@ -712,10 +711,11 @@ def resolve(
         for item in error.errors():
             by_key.setdefault(_path(item, schema) or item["msg"], []).append(item)
         problems = [
-            _problem(path, items, given if path in overridden else where, schema) for path, items in by_key.items()
+            _problem(path, items, given if path in overridden else where, schema)
+            for path, items in list(by_key.items())[:LISTED]
         ]
-    more = [f"and {len(problems) - LISTED} problems more"] if len(problems) > LISTED else []
-    raise schema.error("\n".join(problems[:LISTED] + more))
+    more = [f"and {len(by_key) - LISTED} problems more"] if len(by_key) > LISTED else []
+    raise schema.error("\n".join(problems + more))
 
 
 def _path(item: Any, schema: type[Document]) -> str:
