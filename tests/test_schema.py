@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from training_runs import RECIPE, ROOT
 
+from mimscale.commands.status import main as status
 from mimscale.schema import (
     NAME,
     NUMBER,
@@ -301,6 +302,12 @@ def test_a_file_of_another_kind_is_said_to_be_one(file, reader, says):
         reader(file)
     assert says in str(error.value)
     assert str(error.value).startswith(str(file))
+
+
+def test_the_status_of_a_run_whose_recipe_cannot_be_read_names_the_file(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("train: [\n")
+    assert status([str(tmp_path)]) == 1
+    assert f"mimscale: error: {tmp_path}/recipe.yaml is not valid YAML" in capsys.readouterr().err
 
 
 # -- studies -----------------------------------------------------------------------------------------------------------
