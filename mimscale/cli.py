@@ -9,6 +9,11 @@ from importlib import import_module
 COMMANDS = {
     "reconstruct": ("mimscale.commands.reconstruct", 0, "fill in hidden parts of images with a run's model, as a PNG"),
     "submit": ("mimscale.commands.submit", 0, "a recipe as a Slurm job: writes the file, shows it, and queues it"),
+    "keys": (
+        "mimscale.commands.keys",
+        0,
+        "every key of recipes and studies: what it does, its default, and from where",
+    ),
     "status": ("mimscale.commands.status", 0, "progress, rate, ETA and health of runs, from another terminal"),
     "export": (
         "mimscale.commands.export",

@@ -252,6 +252,11 @@ tasks: Registry = Registry(
         "detection": "mimscale.transfer.detection.task:Detection",
         "segmentation": "mimscale.transfer.segmentation.task:Segmentation",
     },
+    {
+        "classification": "mimscale.transfer.classification.recipe:ClassificationRecipe",
+        "detection": "mimscale.transfer.detection.recipe:DetectionRecipe",
+        "segmentation": "mimscale.transfer.segmentation.recipe:SegmentationRecipe",
+    },
     attribute="schema",
     needs={"detection": "mimscale[dense]", "segmentation": "mimscale[dense]"},
 )

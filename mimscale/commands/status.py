@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from mimscale.schema import SchemaError
 from mimscale.training.status import status
 
 REFRESH_SECONDS = 5
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     while True:
         try:
             found = [status(run) for run in _runs(arguments.runs)]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, SchemaError) as error:
             print(f"mimscale: error: {error}", file=sys.stderr)
             return 1
         text = "\n".join(map(str, found))

@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mimscale.schema import apply_overrides, resolve
+from mimscale.schema import read_yaml, settle
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
 from mimscale.training.checkpoint import step_name
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, recipe_values
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
 
@@ -263,18 +263,12 @@ def _finetuning(study: Study, name: str, task: Finetuning, job: Job, start: str)
 @lru_cache(maxsize=4096)
 def _read(file: str, overrides: tuple[str, ...], schema: type[RunRecipe] | None) -> RunRecipe:
     kind: type[RunRecipe] = schema or recipe_schema(file, overrides)
-    values = _text(file)
-    apply_overrides(values, overrides, kind)
-    return resolve(values, file, kind)
-
-
-def _text(file: str) -> dict[str, Any]:
-    return json.loads(_cached(file))
+    return settle(json.loads(_text(file, kind)), file, overrides, kind, "the study's overrides")
 
 
 @lru_cache(maxsize=256)
-def _cached(file: str) -> str:
-    return json.dumps(recipe_values(file))
+def _text(file: str, kind: type[RunRecipe]) -> str:
+    return json.dumps(read_yaml(Path(file), kind.noun, kind.error, kind))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

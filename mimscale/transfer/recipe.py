@@ -14,19 +14,22 @@ from pydantic import Field
 
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, tasks
-from mimscale.schema import ChosenBy, Section, apply_overrides
-from mimscale.training.recipe import ANY_ENCODER, FREE_KEYS, RecipeError, RunRecipe, load_recipe, recipe_values
+from mimscale.schema import ChosenBy, Section, apply_override, check_kind, key, parse_override
+from mimscale.training.recipe import ANY_ENCODER, RecipeError, RunRecipe, load_recipe, recipe_values
 
 
 class Finetune(Section):
-    """Where the weights come from, and how the learning rate falls towards the input.
+    """Where the weights come from, and how the learning rate falls towards the input."""
 
-    ``from``: ``RUN`` or ``RUN@STEP``, a pre-training or fine-tuning run of mimscale; or a FILE, safetensors or the
-    authors' ``.pth``; ``null`` trains from scratch. A layer's learning rate is ``layer_decay`` times that of the next.
-    """
-
-    source: str | None = Field(default=None, alias="from")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    source: str | None = key(
+        None,
+        "RUN or RUN@STEP of a pre-training or fine-tuning, a safetensors file, or the authors' .pth file; null trains from "
+        "scratch.",
+        alias="from",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = key(
+        1.0, "What a layer's learning rate is of the next layer's.", "ours; section 3.5 has one for each task and size"
+    )
 
 
 def transfer_settings(name: str) -> type[EncoderSettings]:
@@ -46,7 +49,7 @@ class FinetuneRecipe(RunRecipe):
     """
 
     noun = "fine-tuning recipe"
-    free_keys = FREE_KEYS
+    kind = "finetune"
     former: ClassVar[dict[str, Any]] = {
         f"model.{name}": value
         for name, value in {
@@ -58,7 +61,7 @@ class FinetuneRecipe(RunRecipe):
     }
     pad_windows: ClassVar[bool] = False
 
-    task: str
+    task: str = key(..., "Which task.", "section 3.5")
     model: Annotated[EncoderSettings, ChosenBy("name", None, transfer_settings, encoders.names)]
     finetune: Finetune = Finetune()
 
@@ -69,8 +72,7 @@ def find_task(name: object) -> Any:
     Raises:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
     """
-    if name is None:
-        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(tasks.names())}")
+    check_task(name)
     try:
         return tasks.get(str(name))
     except RegistryError as error:
@@ -78,19 +80,54 @@ def find_task(name: object) -> Any:
 
 
 def schema_of(name: object) -> type[FinetuneRecipe]:
-    """The kind of recipe of the task of that name; raises as :func:`find_task` does."""
-    return find_task(name).schema
+    """The kind of recipe of the task of that name.
+
+    Raises:
+        RecipeError: there is no such task; the nearest is named.
+    """
+    check_task(name)
+    try:
+        return tasks.settings(str(name))
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
+
+
+def check_task(name: object) -> None:
+    """Raise unless a task is named.
+
+    Raises:
+        RecipeError: saying which there are.
+    """
+    if name is None:
+        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(tasks.names())}")
+
+
+def task_schemas() -> list[type[FinetuneRecipe]]:
+    """The kinds of recipe of all tasks."""
+    return [schema_of(name) for name in tasks.names()]
+
+
+# All tasks' recipes, told apart by their ``task``.
+RECIPES = ChosenBy("task", None, schema_of, tasks.names)
 
 
 def recipe_schema(path: str | Path, overrides: Sequence[str] = ()) -> type[FinetuneRecipe]:
     """The kind of recipe that a file holds.
 
     Raises:
-        RecipeError: it cannot be read, or names no known task.
+        RecipeError: it cannot be read, is a file of another kind, or names no known task.
     """
     values = recipe_values(path)
-    apply_overrides(values, [o for o in overrides if o.startswith(("task=", "plugins="))], FinetuneRecipe)
-    return schema_of(values.get("task"))
+    check_kind(values, str(path), FinetuneRecipe)
+    for override in overrides:
+        name, _ = parse_override(override, FinetuneRecipe)
+        if name in ("task", "plugins"):
+            apply_override(values, override, FinetuneRecipe)
+    FinetuneRecipe.prepare(values)  # a task may be a plug-in's
+    try:
+        return schema_of(values.get("task"))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
 def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mimscale.data.shards.store import PIXELS
 from mimscale.data.stream import augment
 from mimscale.data.stream.nvimgcodec import CropDecoder
 from mimscale.data.stream.order import SampleOrder
-from mimscale.data.stream.workers import batches
+from mimscale.data.stream.workers import batches, watched
 
 LIBJPEG_TURBO, NVIMGCODEC = "libjpeg-turbo", "nvimgcodec"
 
@@ -60,6 +60,17 @@ def decode_sample(index: ShardIndex, sample: int, memory: decode.PixelMemory | N
     """
     data = stored_bytes(index, sample)
     return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data, memory)
+
+
+class Batch:
+    """What the batches of all streams can do."""
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, for copies that do not wait."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.pin_memory())
+        return self
 
 
 @dataclass(frozen=True)
@@ -255,16 +266,13 @@ class CropStream(ABC):
         return np.unique(self.index.shard_numbers(self.order.at(self.positions(step)))).tolist()
 
     def __iter__(self) -> Iterator[Any]:
-        damaged: dict[str, str] = {}
         ahead = FetchAhead(self.index.fetch, self._shards_of, self.start_step, self.stop_step)
         try:
-            for batch in batches(self, self.start_step, self.stop_step, self.workers):
+            made = batches(self, self.start_step, self.stop_step, self.workers)
+            for batch in watched(made, self.max_damaged, too_many):
                 if self.index.cache is not None:
                     # Not before the first batch: by then the workers are forked, and no thread of ours holds a lock.
                     ahead.reached(batch.step)
-                damaged.update(batch.skipped)
-                if len(damaged) > self.max_damaged:
-                    raise too_many(damaged, self.max_damaged)
                 yield batch
         finally:
             ahead.end()

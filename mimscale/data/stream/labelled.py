@@ -17,13 +17,13 @@ from mimscale.data.decode import PixelMemory
 from mimscale.data.errors import DamagedSample
 from mimscale.data.shards.index import ShardIndex
 from mimscale.data.stream import augment
-from mimscale.data.stream.crops import CropSpec, CropStream, decode_sample, empty_images, too_many
+from mimscale.data.stream.crops import Batch, CropSpec, CropStream, decode_sample, empty_images, too_many
 from mimscale.data.stream.order import evenly_spread
-from mimscale.data.stream.workers import batches
+from mimscale.data.stream.workers import batches, watched
 
 
 @dataclass
-class LabelledBatch:
+class LabelledBatch(Batch):
     """One rank's share of one global batch.
 
     Attributes:
@@ -45,12 +45,6 @@ class LabelledBatch:
     draw_keys: torch.Tensor
     valid: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> LabelledBatch:
-        """The same batch in page-locked memory, for copies that do not wait."""
-        for name in ("images", "labels", "positions", "draw_keys", "valid"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
 
 
 @contextmanager
@@ -243,9 +237,4 @@ class EvaluationStream:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        damaged: dict[str, str] = {}
-        for batch in batches(self, 0, len(self), self.workers):
-            damaged.update(batch.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(damaged, self.max_damaged)
-            yield batch
+        return watched(batches(self, 0, len(self), self.workers), self.max_damaged, too_many)

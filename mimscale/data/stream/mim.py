@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 
 from mimscale.data import draws
-from mimscale.data.stream.crops import CropStream
+from mimscale.data.stream.crops import Batch, CropStream
 from mimscale.masking import SIMMIM_PATCH, SIMMIM_RATIO, masked_up
 
 
 @dataclass
-class MIMBatch:
+class MIMBatch(Batch):
     """One rank's share of one global batch.
 
     Attributes:
@@ -34,12 +34,6 @@ class MIMBatch:
     draw_keys: torch.Tensor
     valid: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> MIMBatch:
-        """The same batch in page-locked memory, for copies that do not wait."""
-        for name in ("images", "mask", "positions", "draw_keys", "valid"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
 
 
 def mask_shape(image_size: int, mask_grid: int | None, masked: int | None) -> tuple[int, int]:

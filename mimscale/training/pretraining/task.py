@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from mimscale.data import CropSpec, MIMStream, ShardError, ShardIndex
+from mimscale.data import CropSpec, MIMStream, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.errors import RankLocalError
+from mimscale.training.errors import read_here
 from mimscale.training.loop import run
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pictures import loss_curves, reconstruction_sheet
@@ -133,13 +133,10 @@ class Pretraining(Task):
             mask_grid=self.recipe.mask.grid[0],
             masked=self.recipe.mask.masked,
         )
-        try:
-            for batch in stream:
-                # Page-locked memory is what copies to a GPU beside its work.
-                pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
-                yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
-        except (ShardError, OSError) as error:
-            raise RankLocalError(str(error)) from error
+        for batch in read_here(stream):
+            # Page-locked memory is what copies to a GPU beside its work.
+            pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
+            yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
 
     @override
     def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
