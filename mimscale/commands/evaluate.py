@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.data import ShardError
+from mimscale.files import write_text
 from mimscale.models.weights.released import load_released
 from mimscale.training.checkpoint import step_name
 from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.errors import RankLocalError
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
-from mimscale.training.run_folder import write_beside
 from mimscale.transfer.load import FinetunedRun, Standing
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.task import task_class
@@ -64,7 +64,7 @@ def evaluate(
             return None
         record = {"step": step, **found.record}
         result = {"source": source, **task.result([record])}
-        write_beside(output / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
         for name, picture in found.pictures.items():
             save_png(picture, output / name / f"{step_name(step)}.png")
         print(found.text)

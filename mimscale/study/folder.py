@@ -19,11 +19,12 @@ from typing import Any
 import yaml
 
 from mimscale.data import ShardError, ShardIndex
+from mimscale.files import write_text
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.checkpoint import MANIFEST
 from mimscale.training.recipe import RecipeError, differences, resolve
-from mimscale.training.run_folder import RunFolder, write_beside
+from mimscale.training.run_folder import RunFolder
 from mimscale.training.slurm_queue import queued_jobs
 
 
@@ -93,7 +94,7 @@ class StudyFolder:
 
     def write(self, job: Job, record: Record) -> None:
         """Replace a job's record."""
-        write_beside(self._record(job), json.dumps(asdict(record), indent=1) + "\n")
+        write_text(self._record(job), json.dumps(asdict(record), indent=1) + "\n")
 
     def _record(self, job: Job) -> Path:
         return self.path / "jobs" / f"{job.id}.json"

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from mimscale.files import write_text
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.ds_config import BatchSplit, reconcile, split_batch
@@ -26,7 +27,7 @@ from mimscale.training.metrics import MetricsLog, Progress, device_peak, duratio
 from mimscale.training.pictures import save_png
 from mimscale.training.planning.memory import peak_bytes
 from mimscale.training.ranks import Ranks, first_only, from_first, gather
-from mimscale.training.run_folder import RunFolder, check_branch, check_resumable, write_beside
+from mimscale.training.run_folder import RunFolder, check_branch, check_resumable
 from mimscale.training.saver import Saver
 from mimscale.training.schedule import learning_rate
 from mimscale.training.task import Task, TaskBatch
@@ -389,7 +390,7 @@ class _Run:
                 "versions": checkpoints.versions(),
             }
             self.task.draw_curves(records, self.folder.curves)
-            write_beside(self.folder.result, json.dumps(result, indent=2) + "\n")
+            write_text(self.folder.result, json.dumps(result, indent=2) + "\n")
             if self.board is not None:
                 self.board.close()
             self.progress.close()

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from mimscale.files import write_text
 from mimscale.models.layers import widens
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe
@@ -89,9 +90,7 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop what was logged after ``step``: the resumed run will log those steps again."""
         kept = [record for record in self.read() if record["step"] <= step]
-        beside = self.path.with_name(f".{self.path.name}.part")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        beside.replace(self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line; it is with the operating system when this returns, so a kill does not lose it."""

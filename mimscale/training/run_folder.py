@@ -8,17 +8,10 @@ from typing import Any
 
 import yaml
 
+from mimscale.files import write_text
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
 from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, differences, resolve
 from mimscale.training.schedule import learning_rate
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Replace a text file as a whole: readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def read_recipe_value(path: Path, key: str) -> Any:
@@ -58,8 +51,8 @@ class RunFolder:
     def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
         """Write the resolved recipe and DeepSpeed configuration."""
         head = "# The resolved recipe of this run; a second start with the same one resumes it.\n"
-        write_beside(self.recipe, head + recipe.to_yaml())
-        write_beside(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
+        write_text(self.recipe, head + recipe.to_yaml())
+        write_text(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that has ended, else ``None``."""

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mimscale.files import write_text
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.ranks import first_only, gather
-from mimscale.training.run_folder import write_beside
 
 POLL_SECONDS = 0.05
 # Of the host memory that is free; a bigger copy is written straight from the state, as ``train.save: blocking`` does.
@@ -104,7 +104,7 @@ class Saver:
     ) -> None:
         try:
             files = checkpoints.write_chunks(beside, self.rank, copy)
-            write_beside(beside / _share(self.rank), json.dumps(files))
+            write_text(beside / _share(self.rank), json.dumps(files))
         except (OSError, SafetensorError) as error:
             self._failure = f"rank {self.rank}: {error}"
         copy.clear()

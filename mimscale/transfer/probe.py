@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
+from mimscale.files import write_beside, write_text
 from mimscale.training.pretraining.module import normalise
-from mimscale.training.run_folder import write_beside
 from mimscale.transfer.classification.labels import check_labels
 from mimscale.transfer.load import FrozenEncoder, frozen_encoder
 
@@ -77,10 +77,8 @@ def features(
             values.append(pooled.float().cpu()[images.valid])
             labels.append(images.labels[images.valid])
     found = Features(torch.cat(values), torch.cat(labels))
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    save_file({"values": found.values, "labels": found.labels}, beside)
-    beside.replace(path)
+    with write_beside(path) as beside:
+        save_file({"values": found.values, "labels": found.labels}, beside)
     return found
 
 
@@ -251,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             args.workers,
         )
         target = _folder(args.source) / "result.json"
-        write_beside(target, json.dumps(result, indent=2) + "\n")
+        write_text(target, json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ShardError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

@@ -7,8 +7,8 @@ import statistics
 from collections import deque
 from pathlib import Path
 
+from mimscale.files import write_text
 from mimscale.training.checkpoint import CheckpointError
-from mimscale.training.run_folder import write_beside
 
 WINDOW = 100
 # Before this many losses are known, their median says little.
@@ -50,7 +50,7 @@ class LeftOut:
         """Leave ``steps`` out from now on; ``write`` on the first rank."""
         self.reasons |= {step: reason for step in steps}
         if write:
-            write_beside(self.path, json.dumps({str(step): reason for step, reason in sorted(self.reasons.items())}))
+            write_text(self.path, json.dumps({str(step): reason for step, reason in sorted(self.reasons.items())}))
 
 
 class SpikeJudge:

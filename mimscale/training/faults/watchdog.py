@@ -22,9 +22,9 @@ from pathlib import Path
 
 import psutil
 
+from mimscale.files import write_text
 from mimscale.training.ranks import Ranks
 from mimscale.training.rendezvous import own_address
-from mimscale.training.run_folder import write_beside
 
 BEAT_SECONDS = 5.0
 MISSED_BEATS = 3  # make a rank one without a sign of life
@@ -173,7 +173,7 @@ class Watchdog:
     def _write(self) -> None:
         self.beat.beat = time.time()
         with contextlib.suppress(OSError):  # a full disk must not end what saves will report
-            write_beside(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
+            write_text(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
 
     def _bound(self) -> float:
         return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
@@ -236,4 +236,4 @@ def note_end(folder: Path, state: str, message: str) -> None:
     """Leave word of how a start of the run ended, for ``mimscale status``."""
     said = {"state": state, "message": message, "time": time.time(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
-        write_beside(folder / "end.json", json.dumps(said))
+        write_text(folder / "end.json", json.dumps(said))

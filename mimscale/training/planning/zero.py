@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mimscale.files import write_text
 from mimscale.models.factory import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import GPU_PEAKS, MetricsLog, flops_per_image
@@ -22,7 +23,6 @@ from mimscale.training.planning.memory import (
     plan_rank,
 )
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
-from mimscale.training.run_folder import write_beside
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
 WAYS = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param")))
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> int:
     print(_times(recipe, arguments.gpus, peak, mfu, arguments.price, arguments.iterations) + "\n")
     text = json.dumps(chosen.config, indent=2) + "\n"
     if arguments.write:
-        write_beside(arguments.write, text)
+        write_text(arguments.write, text)
         zero_stage(read_ds_config(arguments.write))
         print(f"ZeRO stage {chosen.name}, {chosen.micro} images at a time: {arguments.write}")
     else:
