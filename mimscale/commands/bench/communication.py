@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mimscale.resources import RECIPES
+from mimscale.torch_private import operator_arguments
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
@@ -50,11 +51,11 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.partition("::")[2]
+            name, arguments = operator_arguments(func)
             kind = next((kind for part, kind in _PARTS if part in name), name)
             # Of a gather the output is the whole, of a scattering reduction the input.
             size = max(_bytes(argument) for argument in args[:2])
-            group = args[[argument.name for argument in func._schema.arguments].index("process_group")]
+            group = args[arguments.index("process_group")]
             key = kind, dist.ProcessGroup.unbox(group).size()
             self.bytes[key] += size
             self.calls[key] += 1

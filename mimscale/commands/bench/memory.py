@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mimscale.torch_private import allocation
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
@@ -86,8 +86,8 @@ def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
     The total, not a sum of changes: gloo's threads free tensors too, and only the allocator sees those.
     """
     for event in events:
-        if isinstance(fields := event.extra_fields, _ExtraFields_Allocation):
-            yield event.start_time_ns, fields.alloc_size, fields.total_allocated
+        if (sizes := allocation(event)) is not None:
+            yield event.start_time_ns, *sizes
         yield from _totals(event.children)
 
 

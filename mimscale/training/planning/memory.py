@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from mimscale.torch_private import storage_key
 from mimscale.training.ds_config import (
     REDUCE_BUCKET,
     offloads_optimizer,
@@ -99,17 +100,17 @@ def kept_bytes(
 
 def _kept(module: nn.Module, batch: tuple[Tensor, ...], blocks: list[nn.Module]) -> tuple[int, list[tuple[int, int]]]:
     """Bytes kept after a forward pass, and before and after each block in it."""
-    own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
+    own = {storage_key(p) for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, Tensor] = {}
     total = 0
     entered, seen = [], []
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = tensor
-            total += storage.nbytes()
+        key = storage_key(tensor)
+        if key not in own and key not in kept:
+            kept[key] = tensor
+            total += tensor.untyped_storage().nbytes()
         return tensor
 
     hooks = [block.register_forward_pre_hook(lambda *_: entered.append(total)) for block in blocks]
