@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from mimscale.files import write_text
+from mimscale.training.launch.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
 from mimscale.training.recipe import RecipeError, read_yaml
-from mimscale.training.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
 
 SCRIPT = "submit.sbatch"
 

@@ -23,9 +23,9 @@ from mimscale.files import write_text
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.checkpoint import MANIFEST
+from mimscale.training.launch.slurm_queue import queued_jobs
 from mimscale.training.recipe import RecipeError, differences, resolve
 from mimscale.training.run_folder import RunFolder
-from mimscale.training.slurm_queue import queued_jobs
 
 
 @dataclass

@@ -2,15 +2,7 @@
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the cause and what to do.
-
-    Attributes:
-        ranks: where the cause lies, as far as that is known.
-    """
-
-    def __init__(self, message: str, ranks: tuple[int, ...] = ()):
-        super().__init__(message)
-        self.ranks = ranks
+    """Training cannot continue; the message names the step, the cause and what to do."""
 
 
 class CorruptedUpdateError(TrainingError):
@@ -18,4 +10,8 @@ class CorruptedUpdateError(TrainingError):
 
 
 class RankLocalError(RuntimeError):
-    """Something that happened to this rank alone, so that this rank has to say it."""
+    """Something that happened to this rank alone, so that this rank has to report it."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it and what to do."""

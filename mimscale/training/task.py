@@ -33,7 +33,7 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """A validation: the figures for ``metrics.jsonl`` (keys ``val_...``), one line to say, pictures by name."""
+    """A validation: the figures for ``metrics.jsonl`` (keys ``val_...``), one line to report, pictures by name."""
 
     record: dict[str, float]
     text: str
@@ -72,7 +72,8 @@ class Task(ABC):
         """The module to train, called where its parameters shall live.
 
         In training mode it maps a batch's tensors to the mean loss (a scalar tensor), in eval mode to a tuple of tensors.
-        Its ``encoder`` speaks timm's dialect.
+        Its ``encoder`` speaks timm's dialect. ``set_grad_checkpointing(enable, **options)`` has all blocks recomputed in the
+        backward pass; they say so by an attribute ``checkpoint`` that is not ``None``.
         """
 
     @abstractmethod

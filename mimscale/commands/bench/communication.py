@@ -27,7 +27,7 @@ from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.planning.communication import KINDS, Traffic, predict
-from mimscale.training.planning.memory import encoder_blocks, parameter_sizes
+from mimscale.training.planning.memory import parameter_sizes, recomputed_blocks
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 
@@ -75,11 +75,15 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     side, grid = recipe.data.image_size, recipe.mask_grid
     images = torch.randint(0, 256, (split.local, 3, side, side), dtype=torch.uint8)
     mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.hidden).view(split.local, grid, grid)
-    for _ in range(WARM_UP):
-        engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            engine.forward_backward((images, mask, torch.arange(split.local)))
+            engine.apply(1e-4)
+
+    train(WARM_UP)
     with CollectiveCounter() as counter:
-        for _ in range(STEPS):
-            engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+        train(STEPS)
     engine.close()
     # ZeRO++'s second partition gathers in groups, and nothing else does.
     group = min(size for _, size in counter.calls)
@@ -96,7 +100,7 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
         gathers_within=counter.calls[inside] // STEPS if inside else 0,
     )
     again = recipe.train.activation_checkpointing or "activation_checkpointing" in config
-    blocks = encoder_blocks(recipe) if again else []
+    blocks = recomputed_blocks(recipe) if again else []
     predicted = predict(parameter_sizes(recipe), config, ranks.world_size, blocks)
     return {"measured": asdict(measured), "predicted": asdict(predicted)}
 

@@ -40,7 +40,8 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, beg
     for _ in range(steps):
         began()
         with record_function(STEP):
-            engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+            engine.forward_backward((images, mask, torch.arange(local)))
+            engine.apply(recipe.learning_rate)
     engine.close()
 
 

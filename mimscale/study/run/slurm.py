@@ -10,8 +10,8 @@ from mimscale.study.jobs import Job
 from mimscale.study.run.early_stopping import Judge
 from mimscale.study.spec import Study
 from mimscale.training.checkpoint import MANIFEST
-from mimscale.training.slurm import SlurmJob, submit, write_script
-from mimscale.training.slurm_queue import cancel
+from mimscale.training.launch.slurm import SlurmJob, submit, write_script
+from mimscale.training.launch.slurm_queue import cancel
 
 
 def submit_study(study: Study, jobs: dict[str, Job]) -> int:

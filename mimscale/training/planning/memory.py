@@ -41,20 +41,20 @@ def parameter_sizes(recipe: Recipe) -> list[int]:
         return [p.numel() for p in build_objective(recipe).parameters()]
 
 
-def encoder_blocks(recipe: Recipe) -> list[range]:
+def recomputed_blocks(recipe: Recipe) -> list[range]:
     """The blocks that activation checkpointing runs again, each as the range of its parameters in `parameter_sizes`."""
     with torch.device("meta"):
         module = build_objective(recipe)
     place = {parameter: index for index, parameter in enumerate(module.parameters())}
-    blocks = _recomputed(module.encoder)
+    blocks = _recomputed(module)
     own = [[place[parameter] for parameter in block.parameters()] for block in blocks]
     return [range(min(places), max(places) + 1) for places in own]
 
 
-def _recomputed(encoder: Any) -> list[nn.Module]:
-    """Set an encoder to run blocks again in its backward pass; which ones it does."""
-    encoder.set_grad_checkpointing(True)
-    return [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+def _recomputed(module: Any) -> list[nn.Module]:
+    """Set a module to run blocks again in its backward pass; which ones it does."""
+    module.set_grad_checkpointing(True)
+    return [part for part in module.modules() if getattr(part, "checkpoint", None)]
 
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
@@ -77,9 +77,9 @@ def kept_bytes(
     Where blocks are computed again, the one that is being so keeps all of its own beside what those before it have kept.
 
     Args:
-        build: makes the module; its ``encoder`` is what may be recomputed.
+        build: makes the module, whose ``set_grad_checkpointing`` has its blocks computed again.
         example: makes a batch of two images or more.
-        recompute: whether the encoder's blocks are computed again.
+        recompute: whether they are.
         bf16: whether the module is in bf16.
     """
     with torch.device("meta"):
@@ -89,10 +89,9 @@ def kept_bytes(
         batch = example()
         if not recompute:
             return _kept(module, batch, [])[0] // len(batch[0])
-        encoder: Any = module.encoder
-        blocks = _recomputed(encoder)
+        blocks = _recomputed(module)
         total, before = _kept(module, batch, blocks)
-        encoder.set_grad_checkpointing(False)
+        module.set_grad_checkpointing(False)  # type: ignore[operator]
         _, around = _kept(module, batch, blocks)
     summits = [kept + after - at for (kept, _), (at, after) in zip(before, around, strict=True)]
     return max(total, *summits) // len(batch[0])

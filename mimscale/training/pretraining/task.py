@@ -14,6 +14,7 @@ from mimscale.data import MIMStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Engine
 from mimscale.training.errors import RankLocalError
+from mimscale.training.faults.recovery import check_data
 from mimscale.training.loop import run
 from mimscale.training.metrics import flops_per_image
 from mimscale.training.optimizer import decay_groups
@@ -23,7 +24,6 @@ from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import validate
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
-from mimscale.training.run_folder import check_data
 from mimscale.training.task import Task, TaskBatch, ValidationResult
 
 
