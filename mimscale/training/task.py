@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
-from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
 from mimscale.training.pictures import loss_curves
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
+
+if TYPE_CHECKING:
+    from mimscale.training.checkpoint import Checkpoint
+    from mimscale.training.engine import Engine
 
 
 @dataclass(frozen=True)
