@@ -35,7 +35,7 @@ from mimscale.training.optimizer import AVERAGE, AveragingAdamW, without_gradien
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
 
-# DeepSpeed calls collectives by their former names; torch would say so several times a step.
+# DeepSpeed calls collectives by their former names; torch would warn of it several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

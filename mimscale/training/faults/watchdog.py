@@ -147,7 +147,6 @@ class Watchdog:
         self.door = socket.create_server((_address(), 0), backlog=1024)
         where = self.door.getsockname()[:2]
         self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [], where)
-        self.first_step: int | None = None
         self.started_at = step
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -203,7 +203,7 @@ def _times(recipe: Recipe, gpus: int, peak: float, mfu: float, price: float | No
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mimscale plan-memory", description=__doc__)
     parser.add_argument("--model", choices=encoder_names(), help="an encoder with the paper's settings")
-    parser.add_argument("--recipe", help="a recipe in place of --model")
+    parser.add_argument("--recipe", help="a recipe instead of --model")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; by default the first that fits")
     parser.add_argument("--offload", nargs="*", choices=("optimizer", "param"), default=[], help="to host memory")
     parser.add_argument("--gpus", type=int, default=8)

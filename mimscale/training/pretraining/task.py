@@ -28,7 +28,7 @@ from mimscale.training.task import Task, TaskBatch, ValidationResult
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
-    """Pre-train, or go on pre-training, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
+    """Pre-train, or resume pre-training, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
     return run(lambda: Pretraining(recipe), ds_config, output)
 
 
