@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from mimscale.models.factory import encoder_names
+from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError
 from mimscale.training.metrics import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.communication import Network, predict, step_time
 from mimscale.training.planning.memory import recomputed_blocks
 from mimscale.training.planning.zero import GB, Load, plan_way
-from mimscale.training.recipe import Recipe, RecipeError, resolve
+from mimscale.training.recipe import Recipe, RecipeError
 
 # What a way is called: (ZeRO stage, changes to its configuration).
 WAYS: dict[str, tuple[int, dict[str, int]]] = {

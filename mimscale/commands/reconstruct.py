@@ -15,7 +15,7 @@ from mimscale.data import ShardError, ShardIndex, ValidationStream
 from mimscale.training.checkpoint import CheckpointError, open_newest
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
 from mimscale.training.pretraining.module import MIMModule, build_objective
-from mimscale.training.recipe import Recipe, RecipeError, resolve
+from mimscale.training.recipe import Recipe, RecipeError, stored_recipe
 
 
 def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int]:
@@ -30,7 +30,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int
         RecipeError: its recipe does not build.
     """
     checkpoint = open_newest(run, step)
-    recipe: Recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
+    recipe: Recipe = stored_recipe(checkpoint.manifest["recipe"], str(checkpoint.path))
     objective = build_objective(recipe)
     checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mimscale.files import write_text
 from mimscale.training.launch.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
-from mimscale.training.recipe import RecipeError, read_yaml
+from mimscale.training.recipe import RecipeError, recipe_values
 
 SCRIPT = "submit.sbatch"
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
             config=asked.deepspeed_config,
             output=asked.output or Path("runs") / asked.recipe.stem,
             overrides=tuple(asked.overrides),
-            launcher="finetune" if "task" in read_yaml(asked.recipe) else "pretrain",
+            launcher="finetune" if "task" in recipe_values(asked.recipe) else "pretrain",
             name=asked.name or asked.recipe.stem,
             nodes=asked.nodes,
             gpus_per_node=asked.gpus_per_node,

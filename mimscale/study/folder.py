@@ -20,12 +20,12 @@ import yaml
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.files import write_text
+from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
-from mimscale.training.checkpoint import MANIFEST
 from mimscale.training.launch.slurm_queue import queued_jobs
-from mimscale.training.recipe import RecipeError, differences, resolve
-from mimscale.training.run_folder import RunFolder
+from mimscale.training.recipe import RecipeError, stored_recipe
+from mimscale.training.run_folder import MANIFEST, RunFolder
 
 
 @dataclass
@@ -153,7 +153,7 @@ class StudyFolder:
             place = self.study.shards[job.shards]
             if place is None:
                 raise StudyError(
-                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by shards/build.py"
+                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by mimscale shards build"
                 )
             try:
                 self._builds[job.shards] = ShardIndex.load(place).content.build
@@ -200,7 +200,7 @@ class StudyFolder:
         problems = []
         if folder.recipe.exists():
             try:
-                saved = resolve(yaml.safe_load(folder.recipe.read_text()), str(folder.recipe), type(job.recipe))
+                saved = stored_recipe(yaml.safe_load(folder.recipe.read_text()), str(folder.recipe), type(job.recipe))
             except (RecipeError, yaml.YAMLError) as error:
                 return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
             if recipe_digest(saved) != job.digest:

@@ -16,9 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from mimscale.schema import apply_override, flatten, resolve
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
 from mimscale.training.checkpoint import step_name
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, apply_override, flatten, read_yaml, resolve
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, recipe_values
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
 
@@ -267,7 +268,7 @@ def _text(file: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _cached(file: str) -> str:
-    return json.dumps(read_yaml(Path(file)))
+    return json.dumps(recipe_values(file))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimscale.files import write_text
+from mimscale.schema import nearest
 from mimscale.study.jobs import Job, trained_alone
 from mimscale.study.results.collect import sizes
-from mimscale.study.spec import Speed, Study, StudyError, nearest
+from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.metrics import GPU_PEAKS, duration
 from mimscale.training.planning.zero import GB, GPU_SHARE, Load, Way, plan_way

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mimscale.files import write_text
-from mimscale.training.recipe import AnyRecipe, RecipeError, RunRecipe, resolve
+from mimscale.training.recipe import AnyRecipe, RecipeError, RunRecipe, stored_recipe
 
 # What a checkpoint says of itself; a folder without it is none.
 MANIFEST = "checkpoint.json"
@@ -61,7 +61,7 @@ class RunFolder:
         values = yaml.safe_load(self.recipe.read_text())
         if not isinstance(values, dict):
             raise RecipeError(f"{self.recipe} is no recipe; restore it, or choose another --output")
-        return resolve(values, str(self.recipe), schema)
+        return stored_recipe(values, str(self.recipe), schema)
 
     def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
         """Write the resolved recipe and DeepSpeed configuration."""

@@ -13,17 +13,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mimscale.training.recipe import (
-    FREE_KEYS,
-    Model,
-    Positive,
-    RecipeError,
-    RunRecipe,
-    Section,
-    apply_override,
-    load_recipe,
-    read_yaml,
-)
+from mimscale.schema import Positive, Section, apply_override
+from mimscale.training.recipe import FREE_KEYS, Model, RecipeError, RunRecipe, load_recipe, recipe_values
 
 # task -> (module, class); imported only when it is the one that is asked for.
 TASKS = {
@@ -64,6 +55,7 @@ class FinetuneRecipe(RunRecipe):
     ``pad_windows``: the task's images may have any size, so SwinV2 pads maps that the window does not divide.
     """
 
+    noun = "fine-tuning recipe"
     free_keys = FREE_KEYS
     pad_windows: ClassVar[bool] = False
 
@@ -105,7 +97,7 @@ def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         RecipeError: it cannot be read, or names no known task.
     """
-    name = read_yaml(Path(path)).get("task")
+    name = recipe_values(path).get("task")
     for override in overrides:
         if override.partition("=")[0] == "task":
             values: dict = {}

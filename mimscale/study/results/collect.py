@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.schema import resolve
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.results.result import Point, Result, Status, write_json
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.metrics import MetricsLog, flops_per_image
 from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.transfer.recipe import FinetuneRecipe
 from mimscale.transfer.weights import task_encoder
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mimscale.schema import differences
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import CheckpointError
-from mimscale.training.recipe import BRANCH_KEYS, RecipeError, RunRecipe, differences, resolve
+from mimscale.training.recipe import BRANCH_KEYS, RecipeError, RunRecipe, stored_recipe
 from mimscale.training.run_folder import RunFolder
 from mimscale.training.schedule import learning_rate
 
@@ -87,7 +88,7 @@ def check_branch(source: Checkpoint, recipe: RunRecipe) -> None:
     Raises:
         RecipeError: the trunk was another recipe, or had other learning rates up to the branch.
     """
-    trunk = resolve(source.manifest["recipe"], str(source.path), type(recipe))
+    trunk = stored_recipe(source.manifest["recipe"], str(source.path), type(recipe))
     differing = differences(trunk, recipe, recipe.free_keys | BRANCH_KEYS)
     if differing:
         raise RecipeError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from mimscale.files import write_text
 from mimscale.models.factory import encoder_names
+from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import GPU_PEAKS, MetricsLog, flops_per_image
 from mimscale.training.planning.memory import (
@@ -22,7 +23,7 @@ from mimscale.training.planning.memory import (
     parameter_sizes,
     plan_rank,
 )
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
 WAYS = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param")))

@@ -16,6 +16,7 @@ from typing_extensions import override
 from mimscale.data import EvaluationStream, LabelledStream, ShardError
 from mimscale.data.stream.augment import resize_and_centre_crop
 from mimscale.data.stream.labelled import LabelledBatch
+from mimscale.schema import Positive, Section, Word
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.engine import Engine
 from mimscale.training.errors import RankLocalError
@@ -23,7 +24,7 @@ from mimscale.training.faults.recovery import check_data
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers
 from mimscale.training.ranks import Ranks, gather
-from mimscale.training.recipe import Fraction, Positive, RecipeError, Section
+from mimscale.training.recipe import RecipeError
 from mimscale.training.task import TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
@@ -44,7 +45,7 @@ class LabelledData(Section):
     """
 
     shards: str | None = None
-    fraction: Fraction = "100"
+    fraction: Word = "100"
     image_size: Positive = 224
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

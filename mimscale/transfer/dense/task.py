@@ -30,11 +30,11 @@ from typing_extensions import override
 
 from mimscale.data import ShardError
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.schema import Positive, Section
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
 from mimscale.training.errors import RankLocalError
 from mimscale.training.pretraining.task import rank_workers
 from mimscale.training.ranks import Ranks
-from mimscale.training.recipe import Positive, Section
 from mimscale.training.task import TaskBatch
 from mimscale.transfer.dense.stream import DenseImages, DenseStream, HeldOutStream
 from mimscale.transfer.recipe import FinetuneRecipe

@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mimscale.schema import Positive, Section
 from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
-from mimscale.training.recipe import Positive, RecipeError, Section
+from mimscale.training.recipe import RecipeError
 from mimscale.training.task import ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, Share, stage_widths
