@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from mimscale.training.task import Task
 
 __all__ = ["Task", "run"]
-_MODULES = {"Task": "task", "run": "loop"}
+_HOME = {"Task": "task", "run": "loop"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
