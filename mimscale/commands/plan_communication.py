@@ -11,7 +11,7 @@ from mimscale.models.factory import encoder_names
 from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError
 from mimscale.training.planning.communication import Network, predict, step_time
-from mimscale.training.planning.memory import encoder_blocks
+from mimscale.training.planning.memory import recomputed_blocks
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.zero import GB, Load, plan_way
 from mimscale.training.recipe import Recipe, RecipeError
@@ -54,7 +54,7 @@ def rows(
     recipe = resolve(values, "--model", Recipe)
     flops = flops_per_image(recipe)
     counted = Load.of(recipe, gpus[0], gpu_bytes)
-    blocks = encoder_blocks(recipe) if checkpointing else []
+    blocks = recomputed_blocks(recipe) if checkpointing else []
     found = []
     for count in gpus:
         load = replace(counted, gpus=count)

@@ -26,8 +26,12 @@ class MIMModule(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """What is checkpointed and compiled."""
+        """What is compiled."""
         return self.model.encoder
+
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute all blocks, the decoder's too, in the backward pass; ``options`` as in the encoder."""
+        self.model.set_grad_checkpointing(enable, **options)
 
     def normalise(self, images: Tensor) -> Tensor:
         """8-bit images (B, 3, H, W) as fp32 with the recipe's mean and deviation taken out."""
