@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.models.weights.export import KINDS, export_weights, usage
+from mimscale.models.weights.export import ending, export_weights, usage
 from mimscale.models.weights.released import all_weights
 from mimscale.training.checkpoint import step_name
 from mimscale.transfer.load import load_run
@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``mimscale export``."""
     parser = argparse.ArgumentParser(prog="mimscale export", description=__doc__)
     parser.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
-    parser.add_argument("--to", required=True, choices=KINDS)
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", help="safetensors (mimscale's own), timm, huggingface, or released"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
     arguments = parser.parse_args(argv)
@@ -25,9 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint, module = run.checkpoint, run.meta_module
         checkpoint.check_shapes({name: tuple(part.shape) for name, part in all_weights(module).items()})
         model, prefix = (module, "") if run.kind else (module.model, "model.")
-        endings = {"released": ".pth", "huggingface": ""}
         name = f"{model.encoder.made_from['name']}_{step_name(checkpoint.step)}_{arguments.to}"
-        output = arguments.output or run.folder / "export" / f"{name}{endings.get(arguments.to, '.safetensors')}"
+        output = arguments.output or run.folder / "export" / f"{name}{ending(arguments.to, model)}"
         written = export_weights(model, arguments.to, output, lambda name: checkpoint.trained(prefix + name))
     except (ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)

@@ -7,14 +7,13 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from mimscale.models.factory import encoder_names
-from mimscale.schema import resolve
+from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError
 from mimscale.training.planning.communication import Network, predict, step_time
 from mimscale.training.planning.memory import recomputed_blocks
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.zero import GB, Load, plan_way
-from mimscale.training.recipe import Recipe, RecipeError
+from mimscale.training.recipe import RecipeError, paper_recipe
 
 # What a way is called: (ZeRO stage, changes to its configuration).
 WAYS: dict[str, tuple[int, dict[str, int]]] = {
@@ -45,13 +44,7 @@ def rows(
         RecipeError, DeepSpeedConfigError: no such model, or the batch does not divide over the GPUs.
     """
     checkpointing = model in ("swinv2_h", "swinv2_g")
-    values = {
-        "model": {"name": model},
-        "mim": {"objective": "mae" if model.startswith("vit") else "simmim"},
-        "data": {"image_size": 224 if model.startswith("vit") else 192},
-        "train": {"global_batch": batch, "activation_checkpointing": checkpointing},
-    }
-    recipe = resolve(values, "--model", Recipe)
+    recipe = paper_recipe(model, train={"global_batch": batch, "activation_checkpointing": checkpointing})
     flops = flops_per_image(recipe)
     counted = Load.of(recipe, gpus[0], gpu_bytes)
     blocks = recomputed_blocks(recipe) if checkpointing else []

@@ -30,9 +30,9 @@ def read_images(paths: list[Path], size: int) -> Tensor:
 def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:
     """Masks (count, h, w) that hide as many patches as in training."""
     generator = torch.Generator().manual_seed(seed)
-    grid = recipe.mask_grid
-    ranks = torch.rand(count, grid * grid, generator=generator).argsort(1).argsort(1)
-    return (ranks < recipe.hidden).view(count, grid, grid)
+    rows, columns = recipe.mask.grid
+    ranks = torch.rand(count, rows * columns, generator=generator).argsort(1).argsort(1)
+    return (ranks < recipe.mask.masked).view(count, rows, columns)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             mask = random_masks(len(images), recipe, args.seed)
         else:
             assert recipe.data.shards is not None
-            grid, hidden = recipe.mask_grid, recipe.hidden
             index = ShardIndex.load(recipe.data.shards)
-            stream = ValidationStream(index, recipe.data.image_size, args.count, mask_grid=grid, hidden=hidden)
+            mask_grid, masked = recipe.mask.grid[0], recipe.mask.masked
+            stream = ValidationStream(index, recipe.data.image_size, args.count, mask_grid=mask_grid, masked=masked)
             batch = next(iter(stream))
             images, mask = batch.images[batch.valid], batch.mask[batch.valid]
     except (CheckpointError, RecipeError, ShardError, ValueError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mimscale.files import write_text
 from mimscale.schema import nearest
-from mimscale.study.jobs import Job, trained_alone
+from mimscale.study.jobs import Job, decoder_of, trained_alone
 from mimscale.study.results.collect import sizes
 from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
@@ -133,7 +133,8 @@ def _memory_table(study: Study, pretraining: Sequence[Job]) -> str:
     seen: dict[str, Job] = {}
     for job in pretraining:
         assert isinstance(job.recipe, Recipe)
-        heavier = "" if job.recipe.mim.decoder == "linear" else f", {job.recipe.mim.decoder} decoder"
+        decoder = decoder_of(job.recipe)
+        heavier = "" if decoder == "linear" else f", {decoder} decoder"
         seen.setdefault(job.model + heavier, job)
     for name, job in seen.items():
         gpus = (job.resources.nodes or 1) * (job.resources.gpus or 0)

@@ -72,9 +72,9 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     split = split_batch(ds_config, recipe.train.global_batch, ranks.world_size, None)
     config = reconcile(ds_config, recipe, split, ranks.device.type == "cuda")
     engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
-    side, grid = recipe.data.image_size, recipe.mask_grid
+    side, grid = recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (split.local, 3, side, side), dtype=torch.uint8)
-    mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.hidden).view(split.local, grid, grid)
+    mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.mask.masked).view(split.local, grid, grid)
 
     def train(steps: int) -> None:
         for _ in range(steps):

@@ -33,10 +33,10 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, beg
     engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
     local = recipe.train.global_batch // ranks.world_size
     generator = torch.Generator().manual_seed(ranks.rank)
-    side, grid = recipe.data.image_size, recipe.mask_grid
+    side, grid = recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8, generator=generator)
     order = torch.rand(local, grid**2, generator=generator).argsort(1)
-    mask = (order < recipe.hidden).view(local, grid, grid)
+    mask = (order < recipe.mask.masked).view(local, grid, grid)
     for _ in range(steps):
         began()
         with record_function(STEP):

@@ -29,9 +29,9 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
         Seconds: ``step``, and for each mode ``stall`` (the step waits) and ``slower`` (the steps after it, while it is
         being written); ``bytes`` of the checkpoint.
     """
-    local, side, grid = recipe.train.global_batch, recipe.data.image_size, recipe.mask_grid
+    local, side, grid = recipe.train.global_batch, recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8)
-    mask = (torch.rand(local, grid**2).argsort(1) < recipe.hidden).view(local, grid, grid)
+    mask = (torch.rand(local, grid**2).argsort(1) < recipe.mask.masked).view(local, grid, grid)
 
     def timed(action: Callable[[], object]) -> float:
         if engine.ranks.device.type == "cuda":

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mimscale.data import pool
 from mimscale.data.build.layout import PLAN_NAME, Layout, lay_out
 from mimscale.data.build.listing import Found, Listing, ListingWriter
 from mimscale.data.build.shard_writer import Options, ShardTask, is_finished, write_shard
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import (
@@ -37,27 +38,6 @@ from mimscale.files import write_beside, write_bytes
 
 Progress = Callable[[str, int, int], None]
 DEFAULTS = Options()
-
-
-class ScanTask(Protocol):
-    """One class of a source: picklable, and run in a worker process."""
-
-    def run(self) -> Found:
-        """List the images of the class."""
-        ...
-
-
-class Source(Protocol):
-    """Where images come from."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of its classes, in label order."""
-        ...
-
-    def tasks(self, label_of: dict[str, int], thorough: bool) -> list[ScanTask]:
-        """What to scan, given the number of each class name; ``thorough``: decode every image."""
-        ...
 
 
 def _run_scan(task: ScanTask) -> Found:

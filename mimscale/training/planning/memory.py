@@ -62,7 +62,7 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
 
     def example() -> tuple[Tensor, ...]:
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
-        mask = torch.zeros(batch, recipe.mask_grid, recipe.mask_grid, dtype=torch.bool)
+        mask = torch.zeros(batch, *recipe.mask.grid, dtype=torch.bool)
         return images, mask, torch.zeros(batch, dtype=torch.int64)
 
     recompute = bool(recipe.train.activation_checkpointing)

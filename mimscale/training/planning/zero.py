@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.files import write_text
-from mimscale.models.factory import encoder_names
-from mimscale.schema import resolve
+from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.memory import (
@@ -24,7 +23,7 @@ from mimscale.training.planning.memory import (
     plan_rank,
 )
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe, paper_recipe
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
 WAYS = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param")))
@@ -143,12 +142,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         return load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.model:
         raise RecipeError("give --model NAME or --recipe FILE")
-    objective = "mae" if arguments.model.startswith("vit") else "simmim"
-    size = 224 if objective == "mae" else 192
-    values = {"model": {"name": arguments.model}, "mim": {"objective": objective}, "data": {"image_size": size}}
     if arguments.overrides:
         raise RecipeError("key=value needs --recipe FILE")
-    return resolve(values, "--model", Recipe)
+    return paper_recipe(arguments.model)
 
 
 def _with_checkpointing(recipe: Recipe, wanted: str) -> Recipe:

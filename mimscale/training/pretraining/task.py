@@ -130,8 +130,8 @@ class Pretraining(Task):
             self.index,
             **(how | {"workers": 0} if decodes_here else how),
             crops=CropSpec.of(data, device=str(ranks.device) if decodes_here else "cpu"),
-            mask_grid=self.recipe.mask_grid,
-            hidden=self.recipe.hidden,
+            mask_grid=self.recipe.mask.grid[0],
+            masked=self.recipe.mask.masked,
         )
         for batch in read_here(stream):
             # Page-locked memory is what copies to a GPU beside its work.
