@@ -10,7 +10,7 @@ from typing import Any
 from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError
 from mimscale.training.planning.communication import Network, predict, step_time
-from mimscale.training.planning.memory import encoder_blocks
+from mimscale.training.planning.memory import recomputed_blocks
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.planning.zero import GB, Load, plan_way
 from mimscale.training.recipe import RecipeError, paper_recipe
@@ -47,7 +47,7 @@ def rows(
     recipe = paper_recipe(model, train={"global_batch": batch, "activation_checkpointing": checkpointing})
     flops = flops_per_image(recipe)
     counted = Load.of(recipe, gpus[0], gpu_bytes)
-    blocks = encoder_blocks(recipe) if checkpointing else []
+    blocks = recomputed_blocks(recipe) if checkpointing else []
     found = []
     for count in gpus:
         load = replace(counted, gpus=count)

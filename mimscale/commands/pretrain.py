@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from mimscale.training.launch import Start, launch_pretraining
+from mimscale.training.launch.start import Start, launch_pretraining
 
 
 def parse_start(program: str, purpose: str, argv: list[str] | None = None) -> Start:

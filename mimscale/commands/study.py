@@ -10,7 +10,7 @@ from pathlib import Path
 from mimscale.study.jobs import Job, build_graph
 from mimscale.study.results.result import Result, ResultsError
 from mimscale.study.spec import Study, StudyError, load_study
-from mimscale.training.slurm import SlurmError
+from mimscale.training.launch.slurm import SlurmError
 
 PUBLISHED = Path("published")
 STUDY_HELP = "launchers/studies/*.yaml, or your own; report and predict also take the word: published"

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mimscale.files import write_text
+from mimscale.training.launch.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
 from mimscale.training.recipe import RecipeError, recipe_values
-from mimscale.training.run_folder import write_beside
-from mimscale.training.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
 
 SCRIPT = "submit.sbatch"
 
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         text = write_script(job)
         check_arguments(job)
         script = job.output / SCRIPT
-        write_beside(script, text)
+        write_text(script, text)
         print(text)
         if asked.dry_run:
             print(f"written to {script}; submit it with: {shlex.join(submission(script, asked.after))}")

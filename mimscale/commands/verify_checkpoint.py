@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mimscale.data import ShardError, ShardIndex
+from mimscale.files import write_text
 from mimscale.models import load_released
 from mimscale.models.decoders import DECODERS
 from mimscale.models.weights.recognise import SwinShape, recognise_swin
@@ -223,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = verify(options)
         if options.json is not None:
-            beside = options.json.with_name(f".{options.json.name}.part")
-            beside.write_text(json.dumps(found, indent=1) + "\n")
-            beside.replace(options.json)
+            write_text(options.json, json.dumps(found, indent=1) + "\n")
     except (RecipeError, ShardError, ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

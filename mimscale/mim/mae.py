@@ -24,6 +24,7 @@ from mimscale.models.vit import (
     run_vit_blocks,
     sincos_positions,
 )
+from mimscale.torch_private import assert_async
 
 
 class MAEDecoder(nn.Module):
@@ -176,7 +177,7 @@ class MAE(MIMObjective):
             # Counting on an accelerator would mean waiting for it, so the number is known and checked in passing.
             count = visible_down(hidden.shape[1], self.mask_ratio)
             if mask.device.type == "cuda":
-                torch._assert_async((counts == count).all(), f"a mask does not hide the {count} patches of mask_ratio")
+                assert_async((counts == count).all(), f"a mask does not hide the {count} patches of mask_ratio")
         keep = hidden.shape[1] - count
         visible = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
         place = ((~hidden).cumsum(1) - 1).masked_fill(hidden, keep)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mimscale.models.attention import PADDING_PENALTY, REGION_PENALTY, Positions, log_spaced
 from mimscale.models.encoder import spread_mask
@@ -23,6 +22,7 @@ from mimscale.models.windows import (
     window_order,
     window_regions,
 )
+from mimscale.torch_private import is_fake
 
 Plan = TypeVar("Plan")
 
@@ -164,7 +164,7 @@ class PlanCache:
             # A plan made in inference mode could not serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 plan = build()
-            if isinstance(torch.empty(0), FakeTensor):
+            if is_fake(torch.empty(0)):
                 return plan  # made under a tracing mode, of no use outside it
             if len(self._plans) >= self._limit:
                 self._plans.pop(next(iter(self._plans)))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimscale.files import write_text
 from mimscale.schema import nearest
 from mimscale.study.jobs import Job, decoder_of, trained_alone
 from mimscale.study.results.collect import sizes
@@ -16,7 +17,6 @@ from mimscale.training.metrics import duration
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, Load, Way, plan_way
 from mimscale.training.recipe import Recipe
-from mimscale.training.run_folder import write_beside
 
 
 def job_flops(job: Job) -> float:
@@ -97,7 +97,7 @@ def write_plan(study: Study, jobs: dict[str, Job], path: Path) -> None:
         }
         for job in jobs.values()
     ]
-    write_beside(path, json.dumps(rows, indent=1) + "\n")
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def _jobs_table(jobs: dict[str, Job], seconds: dict[str, float], speed: Speed) -> str:

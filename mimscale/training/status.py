@@ -8,10 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimscale.training.checkpoint import saved_steps
 from mimscale.training.faults.watchdog import read_heartbeats
 from mimscale.training.metrics import MetricsLog, duration
-from mimscale.training.run_folder import read_recipe_value
+from mimscale.training.run_folder import read_recipe_value, saved_steps
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _state(run: Path) -> tuple[str, str]:
     silent = [beat for beat in beats if beat.is_silent(now)]
     if len(silent) == len(beats):
         newest = max(beats, key=lambda beat: beat.beat)
-        return "ended without a word", f"last sign of life {duration(now - newest.beat)} ago: {newest.place}"
+        return "died without reporting an error", f"last sign of life {duration(now - newest.beat)} ago: {newest.place}"
     if silent:
         return "stalled", "no life: " + "; ".join(beat.place for beat in silent[:4])
     slowest = min(beats, key=lambda beat: (beat.step, beat.since))

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
+from mimscale.files import write_beside, write_text
 from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, without_head
 from mimscale.models.weights.released import load_released
 from mimscale.training.pretraining.module import build_objective, normalise
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values
-from mimscale.training.run_folder import write_beside
 from mimscale.transfer.classification.labels import check_labels
 from mimscale.transfer.load import folder_of, is_run, load_run
 from mimscale.transfer.recipe import load_finetune_recipe
@@ -133,10 +133,8 @@ def features(
             values.append(pooled.float().cpu()[images.valid])
             labels.append(images.labels[images.valid])
     found = Features(torch.cat(values), torch.cat(labels))
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    save_file({"values": found.values, "labels": found.labels}, beside)
-    beside.replace(path)
+    with write_beside(path) as beside:
+        save_file({"values": found.values, "labels": found.labels}, beside)
     return found
 
 
@@ -299,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             args.workers,
         )
         target = folder_of(args.source) / "probe" / "result.json"
-        write_beside(target, json.dumps(result, indent=2) + "\n")
+        write_text(target, json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ShardError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mimscale.torch_private import allocation
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
@@ -40,7 +40,8 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, beg
     for _ in range(steps):
         began()
         with record_function(STEP):
-            engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+            engine.forward_backward((images, mask, torch.arange(local)))
+            engine.apply(recipe.learning_rate)
     engine.close()
 
 
@@ -86,8 +87,8 @@ def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
     The total, not a sum of changes: gloo's threads free tensors too, and only the allocator sees those.
     """
     for event in events:
-        if isinstance(fields := event.extra_fields, _ExtraFields_Allocation):
-            yield event.start_time_ns, fields.alloc_size, fields.total_allocated
+        if (sizes := allocation(event)) is not None:
+            yield event.start_time_ns, *sizes
         yield from _totals(event.children)
 
 

@@ -21,8 +21,6 @@ from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.saver import Saver
 
-ABOUT = {"trained_with": {"local_ranks": 1}}
-
 
 def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str, float]:
     """Train on noise with a save in each mode, and print what it costs.
@@ -44,15 +42,19 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def train() -> None:
+        engine.forward_backward((images, mask, torch.arange(local)))
+        engine.apply(1e-5)
+
     def step() -> float:
-        return timed(lambda: engine.train_step((images, mask, torch.arange(local)), 1e-5))
+        return timed(train)
 
     step()  # warms up
     usual = statistics.median(step() for _ in range(steps))
     found = {"step": usual}
     for number, mode in enumerate(("blocking", "async"), 1):
-        saver = Saver(folder, 1, (), mode)  # type: ignore[arg-type]
-        found[f"{mode}, stall"] = timed(lambda s=saver, n=number: s.save(n, engine.shapes(), engine.full_state, ABOUT))  # type: ignore[misc]
+        saver = Saver(folder, 1, (), mode, engine.ranks)  # type: ignore[arg-type]
+        found[f"{mode}, stall"] = timed(lambda s=saver, n=number: s.save(n, engine.shapes(), engine.full_state, {}))  # type: ignore[misc]
         slower = 0.0
         while saver.is_writing():
             slower += step() - usual

@@ -23,6 +23,7 @@ from mimscale.mim import SimMIM, local_normalise
 from mimscale.models import create_encoder, encoder_names
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.resources import RECIPES
+from mimscale.torch_private import storage_key
 from mimscale.training.planning.throughput import count_flops
 
 LEARNING_RATE = 4e-4
@@ -216,13 +217,13 @@ def _report(
 
 def activation_bytes(model: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
-    kept: dict[tuple[int, int], int] = {}
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, int] = {}
+    parameters = {storage_key(p) for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[(storage._cdata, 0)] = storage.nbytes()
+        key = storage_key(tensor)
+        if key not in parameters:
+            kept[key] = tensor.untyped_storage().nbytes()
             held.append(tensor)  # or its storage's place could be taken by another
         return tensor
 

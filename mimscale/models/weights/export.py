@@ -4,10 +4,8 @@ No step holds more than one tensor, except for ``--to released``, whose format (
 """
 
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mimscale.files import write_beside, write_text
 from mimscale.models.encoder import Encoder, Part
 from mimscale.models.factory import create_encoder
 from mimscale.models.preprocessing import Preprocessing
@@ -51,30 +50,16 @@ def write_safetensors(
         header[part.name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _beside(path) as temporary, temporary.open("wb") as file:
+    with write_beside(path, durable=True) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
             file.write(_tensor(part, read).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _tensor(part: Part, read: Read) -> torch.Tensor:
     tensor = read(part.source) if isinstance(part.source, str) else part.source
     tensor = tensor if part.rows is None else tensor[part.rows]
     return tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a place to write to beside ``path``, which takes its place at the end, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def export_weights(model: Any, kind: str, output: Path, read: Read | None = None) -> list[Path]:
@@ -114,8 +99,8 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
     if kind == "released":
         named = model.to_released({name: name for name in names})
         state = {name: _tensor(Part(name, source), read) for name, source in named.items()}
-        with _beside(output) as temporary:
-            torch.save({"model": state}, temporary)
+        with write_beside(output) as temporary, temporary.open("wb") as file:
+            torch.save({"model": state}, file)  # under a path it would keep that path's name inside
         return [output]
     form = encoder.exports[kind]
     parts, config = form.parts(model, names), form.config(model)
@@ -123,8 +108,7 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
         write_safetensors(output, parts, shapes, read, {"format": "pt"})
         return [output]
     write_safetensors(output / "model.safetensors", parts, shapes, read, {"format": "pt"})
-    with _beside(output / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
     return [output / "config.json", output / "model.safetensors"]
 
 

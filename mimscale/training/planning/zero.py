@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mimscale.files import write_text
 from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch, zero_stage
 from mimscale.training.metrics import MetricsLog
@@ -23,7 +24,6 @@ from mimscale.training.planning.memory import (
 )
 from mimscale.training.planning.throughput import GPU_PEAKS, flops_per_image
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, paper_recipe
-from mimscale.training.run_folder import write_beside
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
 WAYS = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param")))
@@ -201,7 +201,7 @@ def _times(recipe: Recipe, gpus: int, peak: float, mfu: float, price: float | No
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mimscale plan-memory", description=__doc__)
     parser.add_argument("--model", choices=encoder_names(), help="an encoder with the paper's settings")
-    parser.add_argument("--recipe", help="a recipe in place of --model")
+    parser.add_argument("--recipe", help="a recipe instead of --model")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; by default the first that fits")
     parser.add_argument("--offload", nargs="*", choices=("optimizer", "param"), default=[], help="to host memory")
     parser.add_argument("--gpus", type=int, default=8)
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
     print(_times(recipe, arguments.gpus, peak, mfu, arguments.price, arguments.iterations) + "\n")
     text = json.dumps(chosen.config, indent=2) + "\n"
     if arguments.write:
-        write_beside(arguments.write, text)
+        write_text(arguments.write, text)
         zero_stage(read_ds_config(arguments.write))
         print(f"ZeRO stage {chosen.name}, {chosen.micro} images at a time: {arguments.write}")
     else:
