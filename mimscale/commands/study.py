@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mimscale.registry import objectives
 from mimscale.study.jobs import Job, build_graph
 from mimscale.study.results.result import Result, ResultsError
 from mimscale.study.spec import Study, StudyError, load_study
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     question.add_argument("--length", type=int, metavar="N", help="iterations of the cell to predict")
     question.add_argument("--budget", type=float, help="relative compute; the smallest model's shortest length is 1")
     question.add_argument(
-        "--objective", default="simmim", choices=["simmim", "mae"], help="whose cells (default: simmim)"
+        "--objective", default="simmim", choices=objectives.names(), help="whose cells (default: simmim)"
     )
     question.add_argument("--check", action="store_true", help="foretell cells that were run, from the others")
     options = parser.parse_intermixed_args(argv)
