@@ -19,6 +19,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -94,7 +95,7 @@ class Registry(Generic[T]):
         return [name for name in self.names() if name not in self._own]
 
     def _points(self) -> Iterable:
-        return entry_points(group=self.group)
+        return _offered(self.group, tuple(sys.path))
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
@@ -173,6 +174,12 @@ class Registry(Generic[T]):
                 f"the {self.kind} '{name}' ({_place(thing)}) lacks {', '.join(lacking)}, which every {self.kind} has: "
                 f"see {self.contract.replace(':', '.')}"
             )
+
+
+@lru_cache(maxsize=64)
+def _offered(group: str, path: tuple[str, ...]) -> tuple:
+    """Entry points of a group; to look for them takes long where many packages are installed."""
+    return tuple(entry_points(group=group))
 
 
 def _attribute(place: str) -> Any:

@@ -64,7 +64,9 @@ class SimMIMSettings(MIMSettings):
 
     losses: ClassVar[dict[str, str]] = {"paper": "l2", "released": "l1"}
 
-    objective: str = key("simmim", "SimMIM.", "section 3.1")
+    objective: str = key(
+        "simmim", "Masked squares become mask tokens, and a light decoder predicts them.", "section 3.1"
+    )
     decoder: Literal["linear", "4-blocks", "8-blocks"] = key(
         "linear", "One linear layer, or SwinV2 blocks before it.", "Table 4"
     )
@@ -100,11 +102,13 @@ def check_mask_patch(mask_patch: int, patch: int, name: str = "the encoder") -> 
 class MAESettings(MIMSettings):
     """MAE (He et al., 2022): visible patches alone are encoded, and a light transformer predicts the others."""
 
-    objective: str = key("mae", "MAE.", "He et al., 2022")
-    norm_pix: bool = key(True, "Normalise the target by the mean and variance of its own patch.", "He et al., 2022")
-    decoder_dim: Positive = key(512, "Width of the decoder.", "He et al., 2022")
-    decoder_depth: Positive = key(8, "Blocks of the decoder.", "He et al., 2022")
-    decoder_heads: Positive = key(16, "Attention heads of the decoder.", "He et al., 2022")
+    objective: str = key(
+        "mae", "Visible patches alone are encoded, and a transformer predicts the others.", "section 3.1"
+    )
+    norm_pix: bool = key(True, "Normalise the target by the mean and variance of its own patch.", "MAE")
+    decoder_dim: Positive = key(512, "Width of the decoder.", "MAE")
+    decoder_depth: Positive = key(8, "Blocks of the decoder.", "MAE")
+    decoder_heads: Positive = key(16, "Attention heads of the decoder.", "MAE")
     mask_ratio: Ratio = key(
         MAE_RATIO, "Share of the patches that are masked; the visible are rounded down.", "section 3.1"
     )

@@ -106,7 +106,7 @@ class Encoder(nn.Module, ABC):
         where ``takes_visible``.
 
         Args:
-            images: (B, in_chans, H, W), normalised, any floating dtype; H and W multiples of the patch.
+            images: (B, in_chans, H, W), normalised, any floating dtype whatever the weights'; H and W multiples of the patch.
             mask: (B, h, w) bool, True where the mask token replaces what is in that cell of the image; cells are whole patches.
             draw_keys: (B,) int64 that everything drawn at random derives from, so that a sample is treated alike on any rank;
                 None draws from torch's generator.

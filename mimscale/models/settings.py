@@ -149,9 +149,9 @@ class VitSettings(EncoderSettings):
     shape_keys = ("embed_dim", "depth", "num_heads")
     paper: ClassVar[dict[str, dict[str, Any]]] = {"mim": {"objective": "mae"}, "data": {"image_size": 224}}
 
-    embed_dim: Positive | None = key(None, "Channels; null: the named size's.", "He et al., 2022")
-    depth: Positive | None = key(None, "Blocks; null: the named size's.", "He et al., 2022")
-    num_heads: Positive | None = key(None, "Attention heads of every block; null: the named size's.", "He et al., 2022")
+    embed_dim: Positive | None = key(None, "Channels; null: the named size's.", "MAE")
+    depth: Positive | None = key(None, "Blocks; null: the named size's.", "MAE")
+    num_heads: Positive | None = key(None, "Attention heads of every block; null: the named size's.", "MAE")
 
     @property
     def patch(self) -> int:

@@ -128,9 +128,7 @@ def test_its_encoder_is_exported_loaded_probed_and_fine_tuned(case, tmp_path, so
 def test_it_is_planned_and_reconstructs(case, tmp_path, capsys):
     name, recipe, file, run = case
     for checkpointing in ("on", "off"):
-        assert (
-            main(["plan-memory", "--recipe", str(file), "--gpu-memory", "0.1", "--checkpointing", checkpointing]) == 0
-        )
+        assert main(["plan-memory", "--recipe", str(file), "--gpu-memory", "2", "--checkpointing", checkpointing]) == 0
         assert f"{recipe['model']['name']} with simmim" in capsys.readouterr().out
     output = tmp_path / "filled.png"
     assert main(["reconstruct", str(run), "--count", "2", "--output", str(output)]) == 0

@@ -77,7 +77,7 @@ class ConvNeXt(Encoder):
         output: str = "logits",
     ) -> Any:
         """See :class:`mimscale.models.Encoder`."""
-        x = self.stem(images)
+        x = self.stem(images.to(self.norm.weight.dtype))
         if mask is not None:
             if self.mask_token is None:
                 raise ValueError("this encoder was made with mask_token=False, so it takes no mask")
