@@ -10,12 +10,11 @@ from typing import Any
 
 from mimscale.data import ShardError
 from mimscale.models.weights.released import load_released
-from mimscale.training.checkpoint import step_name
 from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.errors import RankLocalError
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
-from mimscale.training.run_folder import write_beside
+from mimscale.training.run_folder import step_name, write_beside
 from mimscale.transfer.load import FinetunedRun, Standing
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.task import task_class

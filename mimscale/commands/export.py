@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from mimscale.models.weights.export import KINDS, export_weights, usage
-from mimscale.training.checkpoint import open_newest, step_name
+from mimscale.training.checkpoint import open_newest
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import resolve
+from mimscale.training.run_folder import step_name
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from mimscale.models.factory import encoder_names
+from mimscale.models.sizes import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError
-from mimscale.training.metrics import GPU_PEAKS, flops_per_image
+from mimscale.training.metrics import flops_per_image
 from mimscale.training.planning.communication import Network, predict, step_time
-from mimscale.training.planning.memory import encoder_blocks
+from mimscale.training.planning.counting import encoder_blocks
+from mimscale.training.planning.gpus import GPU_PEAKS
 from mimscale.training.planning.zero import GB, Load, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, resolve
 

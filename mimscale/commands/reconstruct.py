@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from mimscale.data import ShardError, ShardIndex, ValidationStream
-from mimscale.training.checkpoint import CheckpointError, open_newest
+from mimscale.training.checkpoint import open_newest
+from mimscale.training.errors import CheckpointError
 from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
 from mimscale.training.pretraining.module import MIMModule, build_objective
 from mimscale.training.recipe import Recipe, RecipeError, resolve

@@ -24,7 +24,7 @@ from mimscale.models.weights.recognise import SwinShape, recognise_swin
 from mimscale.models.weights.released import read_checkpoint
 from mimscale.study.results.published import DATASETS, published
 from mimscale.study.results.release_names import read_name
-from mimscale.training.metrics import duration
+from mimscale.training.metrics_log import duration
 from mimscale.training.pretraining.module import MIMModule, build_objective
 from mimscale.training.pretraining.validation import Validation, validate
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve

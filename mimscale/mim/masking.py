@@ -1,8 +1,12 @@
 """How much of an image each objective hides, and on which grid."""
 
-import math
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SIMMIM_RATIO = 0.6
 SIMMIM_PATCH = 32

@@ -5,18 +5,13 @@ import inspect
 from dataclasses import asdict
 from typing import Any
 
-from mimscale.models.sizes import SWIN_SIZES, VIT_SIZES
+from mimscale.models.sizes import SWIN_SIZES, VIT_SIZES, encoder_names
 from mimscale.models.swin_v2 import SwinTransformerV2
 from mimscale.models.vit import VisionTransformer
 
 
 def _nearest(word: str, known: list[str]) -> str:
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-
-
-def encoder_names() -> list[str]:
-    """List the names that ``create_encoder`` takes."""
-    return [*SWIN_SIZES, *VIT_SIZES]
 
 
 def create_encoder(
@@ -27,7 +22,7 @@ def create_encoder(
     drop_path: float | None = None,
     num_classes: int = 0,
     **overrides: Any,
-) -> Any:
+) -> SwinTransformerV2 | VisionTransformer:
     """Make an encoder of the paper's Table 1 or of its MAE runs, or of any size by override.
 
     Args:

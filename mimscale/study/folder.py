@@ -21,9 +21,8 @@ import yaml
 from mimscale.data import ShardError, ShardIndex
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
-from mimscale.training.checkpoint import MANIFEST
 from mimscale.training.recipe import RecipeError, differences, resolve
-from mimscale.training.run_folder import RunFolder, write_beside
+from mimscale.training.run_folder import MANIFEST, RunFolder, write_beside
 from mimscale.training.slurm_queue import queued_jobs
 
 

@@ -16,9 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from mimscale.resources import Kind
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
-from mimscale.training.checkpoint import step_name
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, apply_override, flatten, read_yaml, resolve
+from mimscale.training.run_folder import step_name
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
 
@@ -255,19 +256,15 @@ def _finetuning(study: Study, name: str, task: Finetuning, job: Job, start: str)
 @lru_cache(maxsize=4096)
 def _read(file: str, overrides: tuple[str, ...], schema: type[RunRecipe] | None) -> RunRecipe:
     kind: type[RunRecipe] = schema or recipe_schema(file, overrides)
-    values = _text(file)
+    values = json.loads(_cached(file, kind.files))
     for override in overrides:
         apply_override(values, override, kind)
     return resolve(values, file, kind)
 
 
-def _text(file: str) -> dict[str, Any]:
-    return json.loads(_cached(file))
-
-
 @lru_cache(maxsize=256)
-def _cached(file: str) -> str:
-    return json.dumps(read_yaml(Path(file)))
+def _cached(file: str, kind: Kind) -> str:
+    return json.dumps(read_yaml(file, kind))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

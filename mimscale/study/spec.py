@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from mimscale.resources import STUDIES
 from mimscale.training.recipe import Fraction, Positive, RecipeError, Section, read_yaml
 
 Key = TypeVar("Key")
@@ -128,7 +129,7 @@ class Slurm(Section):
 
 
 class Study(Section):
-    """A whole study. Relative paths are looked up from the working directory, as the launchers do."""
+    """A whole study. Recipes and configurations are files or names; relative paths count from the working directory."""
 
     name: str
     output: str
@@ -152,9 +153,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
             that wait for each other.
     """
     try:
-        values = read_yaml(Path(path))
+        values = read_yaml(path, STUDIES)
     except RecipeError as error:
-        raise StudyError(str(error).replace("the recipe", "the study").replace("no recipe", "no study")) from None
+        raise StudyError(str(error).replace("the recipe", "the study")) from None
     for override in overrides:
         _apply(values, override)
     try:

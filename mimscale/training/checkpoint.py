@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,29 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimscale.training.averaging import AVERAGE
+from mimscale.training.errors import CheckpointError
 from mimscale.training.ranks import gather
+from mimscale.training.run_folder import MANIFEST, saved_steps, step_name
 
 FORMAT = 2
-MANIFEST = "checkpoint.json"
 # Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
 FILE_BYTES = 1 << 30
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or used; the message names it and what to do."""
-
-
-def step_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` updates."""
-    return f"step_{step:08d}"
-
-
-def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint folder in a run, ascending; whether they are whole is not looked at."""
-    folder = run / "checkpoints"
-    found = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
 
 
 def owners(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:

@@ -1,6 +1,10 @@
 """What ends a training: errors whose message is what the user sees."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it and what to do."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step, the cause and what to do.
 

@@ -106,8 +106,7 @@ def launch(
         sys.exit(0)
 
     from mimscale.data import ShardError
-    from mimscale.training.checkpoint import CheckpointError
-    from mimscale.training.errors import RankLocalError, TrainingError
+    from mimscale.training.errors import CheckpointError, RankLocalError, TrainingError
     from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:

@@ -1,35 +1,20 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, and the progress line with throughput, MFU and ETA."""
+"""What a run shows while it trains: the progress line, and the FLOPs by which its MFU is told."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mimscale.models.layers import widens
+from mimscale.training.metrics_log import duration
+from mimscale.training.planning.gpus import GPU_PEAKS
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe
 
-# Dense peak TFLOP/s from the makers' data sheets, (bf16, fp32 without TF32); the first name found in the device's counts.
-GPU_PEAKS = {
-    "B200": (2250, 75),
-    "H200": (989, 67),
-    "H100 PCIe": (756, 51),
-    "H100": (989, 67),
-    "A100": (312, 19.5),
-    "L40S": (362, 91.6),
-    "L4": (121, 30.3),
-    "A40": (150, 37.4),
-    "A10": (125, 31.2),
-    "RTX 4090": (165, 82.6),
-    "RTX 3090": (71, 35.6),
-}
 LOG_SECONDS = 10.0
 BAR = "{n_fmt}/{total_fmt} {bar:12} {postfix} | {elapsed} < {remaining}"
 
@@ -65,50 +50,6 @@ def device_peak(device: torch.device, bf16: bool) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one object a line, in the order of the steps."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is left out."""
-        records = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and "step" in record:
-                    records.append(record)
-        return records
-
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step``: the resumed run will log those steps again."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        beside = self.path.with_name(f".{self.path.name}.part")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        beside.replace(self.path)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one line; it is with the operating system when this returns, so a kill does not lose it."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 45 s, 3 min 20 s, 5 h 07 min, 2 d 03 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
 
 
 class Progress:

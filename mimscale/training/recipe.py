@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from mimscale.mim.masking import hidden_patches
+from mimscale.resources import RECIPES, Kind
 
 
 class RecipeError(ValueError):
@@ -185,6 +186,7 @@ class RunRecipe(Section):
 
     # Keys that may differ between two starts of one run: they change what is written, never a loss.
     free_keys: ClassVar[frozenset[str]] = FREE_KEYS
+    files: ClassVar[Kind] = RECIPES  # which of those that come with mimscale it may be
     # Keys of the data section without which there is nothing to train on, and what each is set to.
     data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by shards/build.py"}
 
@@ -307,19 +309,17 @@ def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read_yaml(path: Path) -> dict:
-    """A YAML file's top-level mapping.
+def read_yaml(path: str | Path, kind: Kind = RECIPES) -> dict:
+    """The top-level mapping of a YAML file, or of one that comes with mimscale and is given by its name.
 
     Raises:
         RecipeError: the file is not there, is no YAML, or holds something else than a mapping.
     """
     try:
         # Built on SafeLoader: plain values only, no objects.
-        values = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        values = yaml.load(kind.find(path).read_text(), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
-        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        listing = f"; {path.parent} holds {', '.join(p.name for p in near)}" if near else ""
-        raise RecipeError(f"there is no recipe {path}{listing}") from None
+        raise RecipeError(kind.missing(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -397,7 +397,7 @@ def load_recipe(
     Raises:
         RecipeError: see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
     """
-    values = read_yaml(Path(path))
+    values = read_yaml(path, schema.files)
     for override in overrides:
         apply_override(values, override, schema)
     return resolve(values, str(path), schema)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mimscale.training.checkpoint import Checkpoint, CheckpointError
+from mimscale.training.errors import CheckpointError
 from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, differences, resolve
 from mimscale.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from mimscale.training.checkpoint import Checkpoint
+
+MANIFEST = "checkpoint.json"  # of a checkpoint that is whole
+_STEP = re.compile(r"step_(\d{8,})")
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -19,6 +26,18 @@ def write_beside(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text)
     beside.replace(path)
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` updates."""
+    return f"step_{step:08d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps that have a checkpoint folder in a run, ascending; whether they are whole is not looked at."""
+    folder = run / "checkpoints"
+    found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
 
 
 def read_recipe_value(path: Path, key: str) -> Any:

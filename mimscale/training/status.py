@@ -8,10 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimscale.training.checkpoint import saved_steps
 from mimscale.training.faults.watchdog import read_heartbeats
-from mimscale.training.metrics import MetricsLog, duration
-from mimscale.training.run_folder import read_recipe_value
+from mimscale.training.metrics_log import MetricsLog, duration
+from mimscale.training.run_folder import read_recipe_value, saved_steps
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mimscale.models.weights.export import load
 from mimscale.models.weights.released import load_released
-from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newest
+from mimscale.training.checkpoint import Checkpoint, open_newest
 from mimscale.training.engine import saved_buffers
+from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, read_yaml, resolve

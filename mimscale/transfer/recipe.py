@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from mimscale.resources import FINETUNE_RECIPES
 from mimscale.training.recipe import (
     FREE_KEYS,
     Model,
@@ -25,11 +26,12 @@ from mimscale.training.recipe import (
     read_yaml,
 )
 
-# task -> (module, class); imported only when it is the one that is asked for.
+# task -> (package, the class in its ``task``, the one in its ``recipe``); imported only when it is the one that is asked for,
+# and its recipe alone where nothing is trained.
 TASKS = {
-    "classification": ("mimscale.transfer.classification.task", "Classification"),
-    "detection": ("mimscale.transfer.detection.task", "Detection"),
-    "segmentation": ("mimscale.transfer.segmentation.task", "Segmentation"),
+    "classification": ("mimscale.transfer.classification", "Classification", "ClassificationRecipe"),
+    "detection": ("mimscale.transfer.detection", "Detection", "DetectionRecipe"),
+    "segmentation": ("mimscale.transfer.segmentation", "Segmentation", "SegmentationRecipe"),
 }
 
 
@@ -65,6 +67,7 @@ class FinetuneRecipe(RunRecipe):
     """
 
     free_keys = FREE_KEYS
+    files = FINETUNE_RECIPES
     pad_windows: ClassVar[bool] = False
 
     task: str
@@ -78,14 +81,9 @@ def find_task(name: object) -> Any:
     Raises:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
     """
-    if name is None:
-        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
-        raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
-    module, attribute = TASKS[str(name)]
+    package, attribute, _ = _entry(name)
     try:
-        return getattr(import_module(module), attribute)
+        return getattr(import_module(f"{package}.task"), attribute)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mimscale"):
             raise
@@ -95,8 +93,22 @@ def find_task(name: object) -> Any:
 
 
 def schema_of(name: object) -> type[FinetuneRecipe]:
-    """The kind of recipe of the task of that name; raises as :func:`find_task` does."""
-    return find_task(name).schema
+    """The kind of recipe of the task of that name.
+
+    Raises:
+        RecipeError: there is no such task; the nearest is named.
+    """
+    package, _, attribute = _entry(name)
+    return getattr(import_module(f"{package}.recipe"), attribute)
+
+
+def _entry(name: object) -> tuple[str, str, str]:
+    if name is None:
+        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
+        raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
+    return TASKS[str(name)]
 
 
 def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
@@ -105,7 +117,7 @@ def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         RecipeError: it cannot be read, or names no known task.
     """
-    name = read_yaml(Path(path)).get("task")
+    name = read_yaml(path, FINETUNE_RECIPES).get("task")
     for override in overrides:
         if override.partition("=")[0] == "task":
             values: dict = {}

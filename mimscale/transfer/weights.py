@@ -23,7 +23,8 @@ from mimscale.models.swin_v2 import SwinTransformerV2
 from mimscale.models.vit import VisionTransformer
 from mimscale.models.weights.export import exported_settings
 from mimscale.models.weights.released import match_checkpoint, read_checkpoint, released_names
-from mimscale.training.checkpoint import Checkpoint, CheckpointError, open_newest
+from mimscale.training.checkpoint import Checkpoint, open_newest
+from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import RecipeError, resolve
 from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, schema_of

@@ -11,7 +11,7 @@ from training_runs import ENVIRONMENT, ROOT
 from mimscale.cli import main
 from mimscale.commands.bench.step import main as bench
 from mimscale.training.ds_config import read_ds_config, zero_stage
-from mimscale.training.planning.memory import peak_bytes
+from mimscale.training.planning.counting import peak_bytes
 
 SMALL = ["model.embed_dim=64", "model.num_heads=[2,4,8,16]", "data.image_size=96", "model.window_size=6"]
 

@@ -26,7 +26,7 @@ from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.planning.communication import KINDS, Traffic, predict
-from mimscale.training.planning.memory import encoder_blocks, parameter_sizes
+from mimscale.training.planning.counting import encoder_blocks, parameter_sizes
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 

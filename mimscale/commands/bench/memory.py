@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
-from mimscale.training.planning.memory import rank_memory
+from mimscale.training.planning.counting import rank_memory
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe, load_recipe

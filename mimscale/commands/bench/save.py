@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from mimscale.resources import RECIPES
-from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
+from mimscale.training.errors import CheckpointError
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.mim import SimMIM, hidden_patches, local_normalise
-from mimscale.models.factory import create_encoder, encoder_names
-from mimscale.models.sizes import SWIN_SIZES
+from mimscale.models.factory import create_encoder
+from mimscale.models.sizes import SWIN_SIZES, encoder_names
 from mimscale.resources import RECIPES
 
 LEARNING_RATE = 4e-4
@@ -143,9 +144,8 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, float]:
         _keep_freed_memory()
     images, mask = _inputs(arguments.batch, arguments.image, device)
     torch.manual_seed(0)
-    ours = SimMIM(create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)).to(
-        device, dtype
-    )
+    encoder: Any = create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)
+    ours = SimMIM(encoder).to(device, dtype)
     if arguments.compile:
         ours.encoder.compile_blocks()
 
@@ -241,7 +241,8 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, float]:
     """
     device = torch.device("meta")
     with device:
-        model = SimMIM(create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window))
+        encoder: Any = create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)
+        model = SimMIM(encoder)
         rival = TimmSimMIM(arguments.model, True, arguments.image, arguments.window)
         images = torch.empty(arguments.batch, 3, arguments.image, arguments.image)
         mask = torch.empty(arguments.batch, arguments.image // 32, arguments.image // 32, dtype=torch.bool)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.study.counts import sizes
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.results.result import Point, Result, Status, write_json
-from mimscale.study.spec import Study, StudyError
-from mimscale.training.metrics import MetricsLog, flops_per_image
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
-from mimscale.transfer.recipe import FinetuneRecipe
-from mimscale.transfer.weights import task_encoder
+from mimscale.study.spec import Study
+from mimscale.training.metrics_log import MetricsLog
+from mimscale.training.recipe import Recipe
 
 # A result's scores, by what they are called in a fine-tuning's last validation.
 SCORE_KEYS = {"val_top1": "top1", "val_box_ap": "ap_box", "val_mask_ap": "ap_mask", "val_miou": "miou"}
@@ -129,44 +123,6 @@ def _architecture(recipe: Recipe) -> dict[str, Any]:
         "heads": "-".join(map(str, heads if isinstance(heads, tuple) else (heads,))),
         "window": model.window_size,
     }
-
-
-def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
-    """(encoder's parameters, all parameters, FLOPs of one training image), counted on the meta device.
-
-    Of a fine-tuning the encoder's alone are counted: heads for detection and segmentation come on top.
-
-    Raises:
-        StudyError: the recipe's sizes do not fit together.
-    """
-    values = recipe.model_dump(mode="json")
-    kept = {key: values[key] for key in ("task", "fidelity", "model", "mim", "data") if key in values}
-    kept["data"] = {key: value for key, value in kept["data"].items() if key not in ("shards", "fraction", "workers")}
-    return _sizes(json.dumps(kept), type(recipe))
-
-
-@lru_cache(maxsize=256)
-def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
-    values = json.loads(text)
-    recipe = resolve(values, "the study", schema)
-    try:
-        if isinstance(recipe, Recipe):
-            with torch.device("meta"):
-                objective = build_objective(recipe)
-            return _count(objective.encoder), _count(objective), flops_per_image(recipe)
-        assert isinstance(recipe, FinetuneRecipe)
-        size = values["data"]["image_size"]
-        with torch.device("meta"):
-            encoder = task_encoder(recipe)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                encoder.eval()(torch.empty(1, 3, size, size))
-        return _count(encoder), _count(encoder), 3 * counter.get_total_flops()
-    except RecipeError as error:
-        raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:

@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.errors import CheckpointError
 from mimscale.training.run_folder import write_beside
 
 WINDOW = 100

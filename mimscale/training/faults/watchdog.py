@@ -19,12 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from mimscale.training.ranks import Ranks
 from mimscale.training.rendezvous import own_address
 from mimscale.training.run_folder import write_beside
+
+if TYPE_CHECKING:
+    from mimscale.training.ranks import Ranks
 
 BEAT_SECONDS = 5.0
 MISSED_BEATS = 3  # make a rank one without a sign of life

@@ -17,9 +17,7 @@ from mimscale.data.stream.augment import resize
 from mimscale.transfer.dense.scaling import filled, scale_to, scaled_size
 from mimscale.transfer.dense.stream import DenseImages
 from mimscale.transfer.detection.coco import Instances
-
-# The side of a cell of the coarsest stage: padding to it leaves every map whole.
-STRIDE = 32
+from mimscale.transfer.detection.recipe import STRIDE
 
 
 class DetectionImages(DenseImages):

@@ -3,75 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 from torch import nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
 from mimscale.training.engine import Engine
 from mimscale.training.ranks import gather
-from mimscale.training.recipe import Positive, RecipeError, Section
+from mimscale.training.recipe import RecipeError
 from mimscale.training.task import ValidationResult
 from mimscale.transfer.dense.scaling import fill
-from mimscale.transfer.dense.task import DenseData, DenseRecipe, DenseTask, stage_widths
+from mimscale.transfer.dense.task import DenseTask, stage_widths
 from mimscale.transfer.detection.coco import Instances, read_instances
-from mimscale.transfer.detection.images import STRIDE, DetectionImages, at_test_size
+from mimscale.transfer.detection.images import DetectionImages, at_test_size
 from mimscale.transfer.detection.mask_rcnn import DetectionHeads, MaskRCNN, Sizes
 from mimscale.transfer.detection.pictures import LEAST, DetectionSheet, drawn, drawn_detections
+from mimscale.transfer.detection.recipe import DetectionRecipe
 from mimscale.transfer.detection.scores import coco_figures, detect
-
-
-class DetectionData(DenseData):
-    """Folders of images and their annotations in COCO's form.
-
-    ``images``, ``validation``: folders; ``annotations``, ``validation_annotations``: files such as COCO's
-    instances_train2017.json. Training: large-scale jitter by factors of ``jitter``, crops of ``image_size``. Evaluation: the
-    shorter side ``test_size[0]`` or the longer one ``test_size[1]``, whichever is reached first.
-    """
-
-    image_size: Positive = 1024
-    jitter: tuple[float, float] = (0.1, 2.0)
-    test_size: tuple[Positive, Positive] = (800, 1333)
-
-
-class Detector(Section):
-    """The heads: widths, side of the anchors of each level in pixels, how many are sampled, kept and found in an image."""
-
-    channels: Positive = 256
-    hidden: Positive = 1024
-    anchors: tuple[Positive, Positive, Positive, Positive, Positive] = (32, 64, 128, 256, 512)
-    anchors_sampled: Positive = 256
-    proposals: Positive = 1000
-    proposals_sampled: Positive = 512
-    detections: Positive = 100
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
-
-
-class DetectionRecipe(DenseRecipe):
-    """A recipe for detection."""
-
-    data_places: ClassVar[dict[str, str]] = {"images": "FOLDER", "annotations": "FILE, in COCO's form"}
-
-    task: Literal["detection"] = "detection"
-    data: DetectionData = DetectionData()
-    detector: Detector = Detector()
-
-    @model_validator(mode="after")
-    def _crops_are_whole_cells(self) -> DetectionRecipe:
-        size = self.data.image_size
-        if size % STRIDE:
-            raise PydanticCustomError(
-                "image_size",
-                "data.image_size={size} is not a multiple of {stride}; {fits} is",
-                {"size": size, "stride": STRIDE, "fits": max(STRIDE, round(size / STRIDE) * STRIDE)},
-            )
-        return self
 
 
 class Detection(DenseTask):
