@@ -6,23 +6,30 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from mimscale.models.weights.export import KINDS, export_weights, usage
-from mimscale.training.checkpoint import open_newest
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import resolve
-from mimscale.training.run_folder import step_name
+from mimscale.models.weights import KINDS
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``mimscale export``."""
-    parser = argparse.ArgumentParser(prog="mimscale export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of a pre-training")
-    parser.add_argument("--to", required=True, choices=KINDS)
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
-    arguments = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale export", description=__doc__, allow_abbrev=False)
+    made.add_argument("run", type=Path, help="run folder of a pre-training")
+    made.add_argument("--to", required=True, choices=KINDS)
+    made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    made.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    arguments = parser().parse_args(argv)
+    import torch
+
+    from mimscale.models.weights.export import export_weights, usage
+    from mimscale.training.checkpoint import open_newest
+    from mimscale.training.pretraining.module import build_objective
+    from mimscale.training.recipe import resolve
+    from mimscale.training.run_folder import step_name
+
     try:
         checkpoint = open_newest(arguments.run, arguments.step)
         with torch.device("meta"):

@@ -47,7 +47,7 @@ def load(recipe: Recipe, gpus: int, gpu_bytes: float) -> Load:
 def key(recipe: RunRecipe) -> str:
     """Of all that decides what is counted."""
     values = recipe.model_dump(mode="json")
-    decides = {name: values[name] for name in ("task", "model", "mim") if name in values}
+    decides: dict[str, Any] = {name: values[name] for name in ("task", "model", "mim") if name in values}
     if isinstance(recipe, Recipe):
         decides["recompute"] = bool(recipe.train.activation_checkpointing)
     decides["image_size"] = values["data"]["image_size"]

@@ -9,7 +9,7 @@ import torch
 from training_runs import ENVIRONMENT, ROOT
 
 from mimscale.cli import main
-from mimscale.commands.bench.step import main as bench
+from mimscale.commands.bench import main as bench
 from mimscale.training.ds_config import read_ds_config, zero_stage
 from mimscale.training.planning.counting import peak_bytes
 

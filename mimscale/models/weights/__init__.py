@@ -1,1 +1,4 @@
 """Encoders' weights, in and out."""
+
+# What a run can be exported for.
+KINDS = ("safetensors", "timm", "huggingface", "released")

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mimscale.models.factory import create_encoder
+from mimscale.models.swin_v2 import SwinTransformerV2
 from mimscale.models.vit import VisionTransformer
+from mimscale.models.weights import KINDS
 from mimscale.models.weights.released import load_released
 
-KINDS = ("safetensors", "timm", "huggingface", "released")
 SETTINGS_KEY = "mimscale.encoder"
 Read = Callable[[str], torch.Tensor]
 
@@ -241,7 +242,7 @@ def exported_settings(path: str | Path) -> dict[str, Any] | None:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
-def load(path: str | Path, **overrides: Any) -> Any:
+def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
     """Make the encoder of an exported file, with its weights, ready to give features of images of any size.
 
     Args:
