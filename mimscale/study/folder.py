@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-from mimscale.data import ShardError, ShardIndex
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.recipe import RecipeError, differences, resolve
@@ -153,6 +152,8 @@ class StudyFolder:
                 raise StudyError(
                     f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by shards/build.py"
                 )
+            from mimscale.data import ShardError, ShardIndex
+
             try:
                 self._builds[job.shards] = ShardIndex.load(place).content.build
             except ShardError as error:
