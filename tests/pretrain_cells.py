@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mimscale.schema import read_yaml
 from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.pretraining.task import pretrain
-from mimscale.training.recipe import load_recipe, read_yaml
+from mimscale.training.recipe import load_recipe
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.task import finetune
 

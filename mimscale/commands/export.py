@@ -27,13 +27,13 @@ def main(argv: list[str]) -> int:
     from mimscale.models.weights.export import export_weights, usage
     from mimscale.training.checkpoint import open_newest
     from mimscale.training.pretraining.module import build_objective
-    from mimscale.training.recipe import resolve
+    from mimscale.training.recipe import stored_recipe
     from mimscale.training.run_folder import step_name
 
     try:
         checkpoint = open_newest(arguments.run, arguments.step)
         with torch.device("meta"):
-            objective = build_objective(resolve(checkpoint.manifest["recipe"], str(checkpoint.path)))
+            objective = build_objective(stored_recipe(checkpoint.manifest["recipe"], str(checkpoint.path)))
         checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
         endings = {"released": ".pth", "huggingface": ""}
         name = f"{objective.model.encoder.made_from['name']}_{step_name(checkpoint.step)}_{arguments.to}"

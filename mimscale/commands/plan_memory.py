@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 from mimscale.models.sizes import encoder_names
+from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.planning.gpus import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, WAYS, Load, Way, measured_mfu, plan_way
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.run_folder import write_beside
 
 LENGTHS = (125_000, 250_000, 500_000)

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         else:
             words.append(word)
     asked = parser().parse_intermixed_args(words)
-    from mimscale.training.recipe import RecipeError, read_yaml
+    from mimscale.training.recipe import RecipeError, recipe_values
     from mimscale.training.run_folder import write_beside
     from mimscale.training.slurm import SlurmError, SlurmJob, submission, submit, write_script
 
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
             config=asked.deepspeed_config,
             output=asked.output or Path("runs") / asked.recipe.stem,
             overrides=tuple(asked.overrides),
-            launcher="finetune" if "task" in read_yaml(asked.recipe) else "pretrain",
+            launcher="finetune" if "task" in recipe_values(asked.recipe) else "pretrain",
             name=asked.name or asked.recipe.stem,
             nodes=asked.nodes,
             gpus_per_node=asked.gpus_per_node,

@@ -16,9 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mimscale.schema import resolve
 from mimscale.study.spec import StudyError
 from mimscale.training.planning.zero import GPU_SHARE, Load
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, resolve
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 
 KEPT = "counts.json"
 

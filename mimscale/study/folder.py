@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
+from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
-from mimscale.training.recipe import RecipeError, differences, resolve
+from mimscale.training.recipe import RecipeError, stored_recipe
 from mimscale.training.run_folder import MANIFEST, RunFolder, write_beside
 from mimscale.training.slurm_queue import queued_jobs
 
@@ -150,7 +151,7 @@ class StudyFolder:
             place = self.study.shards[job.shards]
             if place is None:
                 raise StudyError(
-                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by shards/build.py"
+                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by mimscale shards build"
                 )
             from mimscale.data import ShardError, ShardIndex
 
@@ -199,7 +200,7 @@ class StudyFolder:
         problems = []
         if folder.recipe.exists():
             try:
-                saved = resolve(yaml.safe_load(folder.recipe.read_text()), str(folder.recipe), type(job.recipe))
+                saved = stored_recipe(yaml.safe_load(folder.recipe.read_text()), str(folder.recipe), type(job.recipe))
             except (RecipeError, yaml.YAMLError) as error:
                 return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
             if recipe_digest(saved) != job.digest:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimscale.resources import Kind
+from mimscale.schema import apply_override, flatten, resolve
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, apply_override, flatten, read_yaml, resolve
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, recipe_values
 from mimscale.training.run_folder import step_name
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
@@ -264,7 +265,7 @@ def _read(file: str, overrides: tuple[str, ...], schema: type[RunRecipe] | None)
 
 @lru_cache(maxsize=256)
 def _cached(file: str, kind: Kind) -> str:
-    return json.dumps(read_yaml(file, kind))
+    return json.dumps(recipe_values(file, kind))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

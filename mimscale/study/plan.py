@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimscale.schema import nearest
 from mimscale.study.counts import load, sizes
 from mimscale.study.jobs import Job, trained_alone
-from mimscale.study.spec import Speed, Study, StudyError, nearest
+from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.metrics_log import duration
 from mimscale.training.planning.gpus import GPU_PEAKS

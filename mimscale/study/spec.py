@@ -6,26 +6,21 @@ names. Every grid is a product; the study is the union of its grids, and a cell 
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from mimscale.resources import STUDIES
-from mimscale.training.recipe import Fraction, Positive, RecipeError, Section, read_yaml
+from mimscale.schema import Document, Place, Positive, SchemaError, Section, Word, load, nearest
 
-Key = TypeVar("Key")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 Names = tuple[Name, ...]
 Decoder = Literal["linear", "4-blocks", "8-blocks"]
 
 
-class StudyError(ValueError):
+class StudyError(SchemaError):
     """A study that cannot be used, or folders that do not belong to it; the message says what to change."""
 
 
@@ -37,7 +32,7 @@ class Dataset(Section):
     """
 
     shards: Name
-    fraction: Fraction = "100"
+    fraction: Word = "100"
     sampling: Literal["uniform", "classes"] = "uniform"
     images: Positive | None = None
     classes: Positive | None = None
@@ -128,12 +123,17 @@ class Slurm(Section):
     qos: str | None = None
 
 
-class Study(Section):
+class Study(Document):
     """A whole study. Recipes and configurations are files or names; relative paths count from the working directory."""
 
+    noun = "study"
+    files = STUDIES
+    error = StudyError
+    renamed: ClassVar[dict[str, str]] = {"stop_doomed": "stop_overfitting"}
+
     name: str
-    output: str
-    shards: dict[Name, str | None]
+    output: Place
+    shards: dict[Name, Place | None]
     datasets: dict[Name, Dataset]
     models: dict[Name, Encoder]
     pretrain: tuple[Grid, ...] = Field(min_length=1)
@@ -152,68 +152,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         StudyError: the file cannot be read; an unknown key or name (the nearest is named); a value of the wrong kind; tasks
             that wait for each other.
     """
-    try:
-        values = read_yaml(path, STUDIES)
-    except RecipeError as error:
-        raise StudyError(str(error).replace("the recipe", "the study")) from None
-    for override in overrides:
-        _apply(values, override)
-    try:
-        study = Study.model_validate(values)
-    except ValidationError as error:
-        raise StudyError("\n".join(dict.fromkeys(_problem(item, str(path)) for item in error.errors()))) from None
+    study = load(path, overrides, Study)
     _check_names(study, str(path))
     _check_order(study, str(path))
     return study
-
-
-def _apply(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise StudyError(f"'{override}' is not key=value, for example output=runs/study")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise StudyError(f"the value of {key} is not valid: {' '.join(str(error).split())}") from None
-    parts = key.split(".")
-    if "overrides" in parts[:-1]:  # a recipe's key has dots of its own
-        at = parts.index("overrides") + 1
-        parts = [*parts[:at], ".".join(parts[at:])]
-    inner: Any = values
-    for depth, part in enumerate(parts[:-1]):
-        inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict):
-            raise StudyError(f"'{'.'.join(parts[: depth + 1])}' holds no keys, so {key} cannot be set")
-    inner[parts[-1]] = value
-
-
-def _problem(item: Any, where: str) -> str:
-    loc = [str(part) for part in item["loc"] if part != "[key]"]
-    key = ".".join(loc)
-    if item["type"] == "extra_forbidden":
-        near = nearest(loc[-1], _fields(Study, item["loc"][:-1]))
-        hint = f"; did you mean '{'.'.join([*loc[:-1], near])}'?" if near else ""
-        return f"unknown key '{key}' in {where}{hint}"
-    if item["type"] == "missing":
-        return f"{where} lacks '{key}'"
-    return f"{key} in {where}: {item['msg']}, not {item['input']!r}"
-
-
-def _fields(kind: Any, loc: Sequence[str | int]) -> list[str]:
-    """Names of the keys that the section at ``loc`` may hold."""
-    for part in loc:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[str(part)].annotation
-            if typing.get_origin(kind) in (typing.Union, types.UnionType):
-                kind = typing.get_args(kind)[0]
-        else:
-            kind = next(k for k in reversed(typing.get_args(kind)) if k is not Ellipsis)
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def nearest(name: str, names: Sequence[str]) -> str | None:
-    """The one of ``names`` that ``name`` was most likely meant to be."""
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
 
 
 def _check_names(study: Study, where: str) -> None:

@@ -6,25 +6,21 @@ What the hardware needs (ZeRO stage, precision, micro-batch) is not here: it bel
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mimscale.mim.masking import hidden_patches
 from mimscale.resources import RECIPES, Kind
+from mimscale.schema import Document, Place, Positive, SchemaError, Section, Share, Word, load, read_yaml, resolve
 
 
-class RecipeError(ValueError):
+class RecipeError(SchemaError):
     """A recipe or an override that cannot be used; the message names the key and what to write instead."""
-
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))]
 
 
 # Keys that may differ between two starts of one run: they change what is written, never a loss.
@@ -57,12 +53,6 @@ FREE_KEYS = frozenset(
 BRANCH_KEYS = frozenset({"train.iterations", "data.validation_images"})
 
 
-class Section(BaseModel):
-    """One block of a recipe: unknown keys are errors, values never change after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
-
-
 class Data(Section):
     """Where the images come from and how they are cropped (paper, section 3.4).
 
@@ -70,8 +60,8 @@ class Data(Section):
     hold local copies of shards whose ``shards`` is an address. ``decoder: nvimgcodec`` decodes on the GPU's JPEG engine.
     """
 
-    shards: str | None = None
-    fraction: Fraction = "100"
+    shards: Place | None = None
+    fraction: Word = "100"
     image_size: Positive = 192
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -82,7 +72,7 @@ class Data(Section):
     decoder: Literal["libjpeg-turbo", "nvimgcodec"] = "libjpeg-turbo"
     shuffle: Literal["full", "window"] = "full"
     shuffle_window: Positive = 16
-    cache: str | None = None
+    cache: Place | None = None
     cache_gib: Annotated[float, Field(gt=0)] | None = None
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     max_damaged: Annotated[int, Field(ge=0)] = 100
@@ -158,7 +148,7 @@ class Train(Section):
     iterations: Positive = 125_000
     global_batch: Positive = 2048
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    branch_from: str | None = None
+    branch_from: Place | None = None
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 2
     pinned_steps: tuple[Positive, ...] = ()
@@ -181,14 +171,15 @@ class PretrainTrain(Train):
     reconstructions: Annotated[int, Field(ge=0)] = 8
 
 
-class RunRecipe(Section):
+class RunRecipe(Document):
     """What the recipe of every task holds, whatever is trained."""
 
+    error = RecipeError
     # Keys that may differ between two starts of one run: they change what is written, never a loss.
     free_keys: ClassVar[frozenset[str]] = FREE_KEYS
     files: ClassVar[Kind] = RECIPES  # which of those that come with mimscale it may be
     # Keys of the data section without which there is nothing to train on, and what each is set to.
-    data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by shards/build.py"}
+    data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
 
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -217,6 +208,8 @@ class RunRecipe(Section):
 
 class Recipe(RunRecipe):
     """A pre-training recipe. ``fidelity`` settles where the paper and its released code differ."""
+
+    noun = "pre-training recipe"
 
     fidelity: Literal["paper", "released"] = "paper"
     data: Data = Data()
@@ -269,153 +262,32 @@ class Recipe(RunRecipe):
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
-def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, sections included."""
-    keys = []
-    for attribute, field in section.model_fields.items():
-        name = field.alias or attribute  # a key such as `from` cannot be an attribute
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def nearest_key(key: str, schema: type[BaseModel] = Recipe) -> str | None:
-    """The key that ``key`` was most likely meant to be: the same last part elsewhere, else the closest spelling."""
-    keys = known_keys(schema)
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
-    if same_leaf:
-        return max(same_leaf, key=lambda k: difflib.SequenceMatcher(None, k, key).ratio())
-    whole = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if whole:
-        return whole[0]
-    leaves = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.6)
-    return next((k for k in keys if leaves and k.rsplit(".", 1)[-1] == leaves[0]), None)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
-
-
-def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(path: str | Path, kind: Kind = RECIPES) -> dict:
-    """The top-level mapping of a YAML file, or of one that comes with mimscale and is given by its name.
-
-    Raises:
-        RecipeError: the file is not there, is no YAML, or holds something else than a mapping.
-    """
-    try:
-        # Built on SafeLoader: plain values only, no objects.
-        values = yaml.load(kind.find(path).read_text(), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        raise RecipeError(kind.missing(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold sections such as 'model:' and 'train:', not {type(values).__name__}")
-    return values
-
-
-def apply_override(values: dict, override: str, schema: type[BaseModel] = Recipe) -> None:
-    """Set one ``section.key=value`` in nested ``values``; the value is read as YAML.
-
-    Raises:
-        RecipeError: no '=' in it, or the key is not in the schema (the message names the nearest one).
-    """
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"'{override}' is not key=value, for example train.iterations=1000")
-    if key not in known_keys(schema):
-        raise RecipeError(_unknown(key, "the command line", schema))
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader) if text else None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of {key} is not valid: {' '.join(str(error).split())}") from None
-    *sections, leaf = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise RecipeError(f"'{section}' must be a section with keys such as {key}")
-    values[leaf] = value
-
-
-def _unknown(key: str, where: str, schema: type[BaseModel]) -> str:
-    near = nearest_key(key, schema)
-    return f"unknown key '{key}' in {where}" + (f"; did you mean '{near}'?" if near else "; the README lists the keys")
-
-
-def resolve(values: dict, where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
-    """Check nested ``values`` against the schema.
-
-    Args:
-        values: sections and their keys.
-        where: what to call the source in errors, for example the file's name.
-        schema: the kind of recipe.
-
-    Raises:
-        RecipeError: an unknown or misplaced key, or a value of the wrong kind; all problems are listed.
-    """
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            # A union's branches appear in the location as class names; only the recipe's own keys are shown.
-            parts = [str(part) for part in item["loc"]]
-            key = ".".join(parts[: 2 if parts and parts[0] in schema.model_fields and len(parts) > 1 else 1])
-            if item["type"] == "extra_forbidden":
-                problems.append(_unknown(".".join(parts), where, schema))
-            elif item["type"] == "missing":
-                problems.append(f"{where} lacks '{key}'")
-            elif not parts:
-                problems.append(item["msg"])  # about several keys together; it names them
-            else:
-                problems.append(f"{key} in {where}: {item['msg']}, not {item['input']!r}")
-        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
-
-
 def load_recipe(
     path: str | Path,
-    overrides: list[str] | tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     schema: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
 ) -> AnyRecipe:
     """Read a recipe file, apply ``key=value`` overrides, and check the whole.
 
     Raises:
-        RecipeError: see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
+        RecipeError: see :func:`mimscale.schema.load`.
     """
-    values = read_yaml(path, schema.files)
-    for override in overrides:
-        apply_override(values, override, schema)
-    return resolve(values, str(path), schema)
+    return load(path, overrides, schema)
 
 
-def differences(a: RunRecipe, b: RunRecipe, free: frozenset[str]) -> list[str]:
-    """Keys outside ``free`` whose values differ, each as ``key: value in a, value in b``."""
-    flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
-    keys = [key for key in flat_a if key not in free and flat_a[key] != flat_b.get(key)]
-    return [f"{key}: {flat_a[key]} against {flat_b.get(key)}" for key in keys]
+def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
+    """The recipe that a run was trained with, from what its folder or a checkpoint holds.
+
+    Raises:
+        RecipeError: it was changed into something that is no recipe of this kind.
+    """
+    return resolve(values, where, schema)
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def recipe_values(path: str | Path, kind: Kind = RECIPES) -> dict[str, Any]:
+    """The sections of a recipe of any kind, unchecked.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    return read_yaml(path, kind, RecipeError)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mimscale.schema import differences
 from mimscale.training.errors import CheckpointError
-from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, differences, resolve
+from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, stored_recipe
 from mimscale.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RunFolder:
         values = yaml.safe_load(self.recipe.read_text())
         if not isinstance(values, dict):
             raise RecipeError(f"{self.recipe} is no recipe; restore it, or choose another --output")
-        return resolve(values, str(self.recipe), schema)
+        return stored_recipe(values, str(self.recipe), schema)
 
     def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
         """Write the resolved recipe and DeepSpeed configuration."""
@@ -123,7 +124,7 @@ def check_branch(source: Checkpoint, recipe: RunRecipe) -> None:
     Raises:
         RecipeError: the trunk was another recipe, or had other learning rates up to the branch.
     """
-    trunk = resolve(source.manifest["recipe"], str(source.path), type(recipe))
+    trunk = stored_recipe(source.manifest["recipe"], str(source.path), type(recipe))
     differing = differences(trunk, recipe, recipe.free_keys | BRANCH_KEYS)
     if differing:
         raise RecipeError(

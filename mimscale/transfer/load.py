@@ -16,7 +16,7 @@ from mimscale.training.engine import saved_buffers
 from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.ranks import Ranks
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, read_yaml, resolve
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values, stored_recipe
 from mimscale.transfer.recipe import FinetuneRecipe, load_finetune_recipe
 from mimscale.transfer.task import TransferTask, task_class
 from mimscale.transfer.weights import open_run, task_encoder
@@ -78,7 +78,7 @@ class FinetunedRun:
             )
         kind = task_class(values["task"])
         values = {**values, "data": {**values["data"], **(overrides or {})}}
-        return cls(checkpoint, kind, resolve(values, str(checkpoint.path), kind.schema))
+        return cls(checkpoint, kind, stored_recipe(values, str(checkpoint.path), kind.schema))
 
     def module(self) -> nn.Module:
         """The trained module, in eval mode on the CPU."""
@@ -114,7 +114,7 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
     if checkpoint is not None:
         values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
         if "mim" in values:
-            recipe: Any = resolve(values, where)
+            recipe: Any = stored_recipe(values, where)
             encoder = fill(build_objective(recipe), checkpoint).model.encoder  # type: ignore[union-attr]
         else:
             run = FinetunedRun.open(source)
@@ -131,7 +131,7 @@ def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncode
             raise RecipeError(f"{source} does not say what it holds: give --recipe with its model and image size")
         encoder = load(path)
         return FrozenEncoder(encoder, encoder.img_size[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), name)
-    if "task" in read_yaml(recipe_file):
+    if "task" in recipe_values(recipe_file):
         recipe = load_finetune_recipe(recipe_file)
         encoder = task_encoder(recipe)
     else:

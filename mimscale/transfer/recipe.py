@@ -14,17 +14,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from mimscale.resources import FINETUNE_RECIPES
-from mimscale.training.recipe import (
-    FREE_KEYS,
-    Model,
-    Positive,
-    RecipeError,
-    RunRecipe,
-    Section,
-    apply_override,
-    load_recipe,
-    read_yaml,
-)
+from mimscale.schema import Positive, Section, apply_override
+from mimscale.training.recipe import FREE_KEYS, Model, RecipeError, RunRecipe, load_recipe, recipe_values
 
 # task -> (package, the class in its ``task``, the one in its ``recipe``); imported only when it is the one that is asked for,
 # and its recipe alone where nothing is trained.
@@ -66,6 +57,7 @@ class FinetuneRecipe(RunRecipe):
     ``pad_windows``: the task's images may have any size, so SwinV2 pads maps that the window does not divide.
     """
 
+    noun = "fine-tuning recipe"
     free_keys = FREE_KEYS
     files = FINETUNE_RECIPES
     pad_windows: ClassVar[bool] = False
@@ -117,7 +109,7 @@ def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         RecipeError: it cannot be read, or names no known task.
     """
-    name = read_yaml(path, FINETUNE_RECIPES).get("task")
+    name = recipe_values(path, FINETUNE_RECIPES).get("task")
     for override in overrides:
         if override.partition("=")[0] == "task":
             values: dict = {}

@@ -26,7 +26,7 @@ from mimscale.models.weights.released import match_checkpoint, read_checkpoint, 
 from mimscale.training.checkpoint import Checkpoint, open_newest
 from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import RecipeError, resolve
+from mimscale.training.recipe import RecipeError, stored_recipe
 from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, schema_of
 
 HEADS = ("head.", "fc_norm.")
@@ -205,5 +205,5 @@ def _encoder_of(checkpoint: Checkpoint) -> Any:
     values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
     with torch.device("meta"):
         if "mim" in values:
-            return build_objective(resolve(values, where)).model.encoder
-        return task_encoder(resolve(values, where, schema_of(values.get("task"))))
+            return build_objective(stored_recipe(values, where)).model.encoder
+        return task_encoder(stored_recipe(values, where, schema_of(values.get("task"))))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mimscale.schema import nearest
 from mimscale.study.analysis.laws import compute_unit
 from mimscale.study.analysis.loss_model import Condition, LossModel, Prediction
 from mimscale.study.results.cells import Cell, family, length
 from mimscale.study.results.result import Result, ResultsError
-from mimscale.study.spec import nearest
 
 FARTHEST = 2  # times the longest training that was run: how far a choice of length may go
 STEPS = 41

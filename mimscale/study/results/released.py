@@ -20,12 +20,13 @@ from mimscale.models import load_released
 from mimscale.models.decoders import DECODERS
 from mimscale.models.weights.recognise import SwinShape, recognise_swin
 from mimscale.models.weights.released import read_checkpoint
+from mimscale.schema import resolve
 from mimscale.study.results.published import published
 from mimscale.study.results.release_names import read_name
 from mimscale.training.metrics_log import duration
 from mimscale.training.pretraining.module import MIMModule, build_objective
 from mimscale.training.pretraining.validation import Validation, validate
-from mimscale.training.recipe import Recipe, load_recipe, resolve
+from mimscale.training.recipe import Recipe, load_recipe
 
 # Section 3.4, for a file that kept no position tables.
 WINDOW, IMAGE_SIZE = 12, 192
@@ -97,7 +98,7 @@ def recipe_of(shape: SwinShape, source: str, image_size: int | None, window_size
         "drop_path": 0.0,
     }
     size = shape.image_size or image_size or IMAGE_SIZE
-    return resolve({"data": {"image_size": size}, "model": model, "mim": {"decoder": decoders[0]}}, source)
+    return resolve({"data": {"image_size": size}, "model": model, "mim": {"decoder": decoders[0]}}, source, Recipe)
 
 
 def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, batch: int) -> tuple[Validation, int]:
@@ -109,15 +110,13 @@ def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, bat
     """
     index = ShardIndex.load(shards)
     if "val" not in index.fractions:
-        raise ShardError(f"{shards} has no split 'val'; build it with: python shards/build.py build ... --val SRC")
+        raise ShardError(f"{shards} has no split 'val'; build it with: mimscale shards build ... --val SRC")
     images = min(len(index.samples("val")), recipe.data.validation_images or sys.maxsize)
     objective = build_objective(recipe, extra_norm_every)
     load_released(objective.model, path)
     found = validate(PlainEvaluator(objective, batch, images), recipe, index)
     if found is None:
-        raise ShardError(
-            f"{shards} has no validation image that can be read; see: python shards/build.py verify {shards}"
-        )
+        raise ShardError(f"{shards} has no validation image that can be read; see: mimscale shards verify {shards}")
     return found, sum(parameter.numel() for parameter in objective.encoder.parameters())
 
 
@@ -183,7 +182,7 @@ def verify(
     values = recipe.model_dump(mode="json")
     values["data"]["validation_images"] = images
     values["train"] |= {"validate_batch": batch, "reconstructions": 0}
-    recipe = resolve(values, str(recipe_file or file))
+    recipe = resolve(values, str(recipe_file or file), Recipe)
     found, parameters = measure(file, shards, recipe, every, batch)
     dataset, iterations = dataset or said.dataset, iterations or said.iterations
     return {

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mimscale.schema import resolve
 from mimscale.training.metrics import flops_per_image
 from mimscale.training.planning.communication import Network, predict, step_time
 from mimscale.training.planning.counting import encoder_blocks
 from mimscale.training.planning.zero import Load, plan_way
-from mimscale.training.recipe import Recipe, resolve
+from mimscale.training.recipe import Recipe
 
 # What a way is called: (ZeRO stage, changes to its configuration).
 WAYS: dict[str, tuple[int, dict[str, int]]] = {

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from mimscale.training.checkpoint import open_newest
 from mimscale.training.pretraining.module import MIMModule, build_objective
-from mimscale.training.recipe import Recipe, resolve
+from mimscale.training.recipe import Recipe, stored_recipe
 
 
 def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int]:
@@ -26,7 +26,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[Recipe, MIMModule, int
         RecipeError: its recipe does not build.
     """
     checkpoint = open_newest(run, step)
-    recipe: Recipe = resolve(checkpoint.manifest["recipe"], str(checkpoint.path))
+    recipe: Recipe = stored_recipe(checkpoint.manifest["recipe"], str(checkpoint.path))
     objective = build_objective(recipe)
     checkpoint.check_shapes({name: tuple(p.shape) for name, p in objective.named_parameters()})
     with torch.no_grad():

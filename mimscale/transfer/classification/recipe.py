@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimscale.training.recipe import Fraction, Positive, Section
+from mimscale.schema import Positive, Section, Word
 from mimscale.transfer.recipe import Finetune, FinetuneRecipe
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,7 +20,7 @@ class LabelledData(Section):
     """
 
     shards: str | None = None
-    fraction: Fraction = "100"
+    fraction: Word = "100"
     image_size: Positive = 224
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

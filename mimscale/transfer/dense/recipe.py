@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mimscale.models.sizes import SWIN_SIZES
-from mimscale.training.recipe import Positive, Section
+from mimscale.schema import Positive, Section
 from mimscale.transfer.recipe import FinetuneRecipe
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mimscale.training.recipe import Positive, Section
+from mimscale.schema import Positive, Section
 from mimscale.transfer.dense.recipe import DenseData, DenseRecipe
 
 # The side of a cell of the coarsest stage: padding to it leaves every map whole.

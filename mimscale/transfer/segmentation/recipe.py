@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mimscale.training.recipe import Positive, Section
+from mimscale.schema import Positive, Section
 from mimscale.transfer.dense.recipe import DenseData, DenseRecipe, Share
 
 
