@@ -9,12 +9,37 @@ if TYPE_CHECKING:
 
     from mimscale.models.swin_v2 import SwinTransformerV2
     from mimscale.models.vit import VisionTransformer
+    from mimscale.transfer.load import Transform
 
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
-    """The encoder of a file that ``mimscale export RUN --to safetensors`` wrote; see ``mimscale.models.load``."""
-    from mimscale.models.weights.export import load as load_encoder
+def load(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
+    """The encoder of a run, or of a file that ``mimscale export RUN --to safetensors`` wrote.
 
-    return load_encoder(path, **overrides)
+    Args:
+        source: RUN or RUN@STEP, of a pre-training or a fine-tuning, or FILE.
+        **overrides: of the encoder's settings, as in ``mimscale.models.create_encoder``: ``num_classes=1000`` to fine-tune
+            (the number that it was fine-tuned with brings its classifier), ``img_size=224, window_size=14,
+            pretrained_window_size=12`` for larger images.
+
+    Returns:
+        The encoder in eval mode: ``encoder(images)`` gives pooled features, ``encoder(images, output="map")`` a map.
+
+    Raises:
+        ValueError: no such run or file, a damaged one, or overrides that its weights do not fit.
+    """
+    from mimscale.transfer.load import load_encoder
+
+    return load_encoder(source, **overrides)
+
+
+def transform(encoder: SwinTransformerV2 | VisionTransformer) -> Transform:
+    """What makes images for ``encoder`` of pictures: Pillow's, or uint8 (height, width, 3).
+
+    It resizes, cuts the centre and normalises as the run or file says that the encoder was loaded from: a picture becomes
+    (3, S, S) in fp32, a list of N of them (N, 3, S, S).
+    """
+    from mimscale.transfer.load import Transform
+
+    return Transform(encoder)

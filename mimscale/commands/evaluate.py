@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     from mimscale.data import ShardError
     from mimscale.training.errors import RankLocalError
     from mimscale.transfer.evaluation import evaluate
+    from mimscale.transfer.load import folder_of
 
-    source = args.source.rpartition("@")[0] if not Path(args.source).exists() else args.source
-    output = args.output or (Path(source) if Path(source).is_dir() else Path(source).parent) / "evaluation"
+    output = args.output or folder_of(args.source) / "evaluation"
     overrides = [*args.overrides, *([f"data.shards={args.shards}"] if args.shards else [])]
     try:
         evaluate(args.source, overrides, args.recipe, args.batch, output)

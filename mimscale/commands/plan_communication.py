@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from mimscale.models.sizes import encoder_names
-from mimscale.training.planning.gpus import GPU_PEAKS
+from mimscale.training.planning.throughput import GPU_PEAKS
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 NETWORKS = ("1x100", "8x400")

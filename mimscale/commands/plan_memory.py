@@ -9,7 +9,7 @@ from pathlib import Path
 from mimscale.models.sizes import encoder_names
 from mimscale.schema import resolve
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
-from mimscale.training.planning.gpus import GPU_PEAKS
+from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, WAYS, Load, Way, measured_mfu, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.run_folder import write_beside
@@ -69,7 +69,7 @@ def _table(ways: list[Way], gpu_bytes: float) -> str:
 
 
 def _times(recipe: Recipe, gpus: int, peak: float, mfu: float, price: float | None, lengths: list[int]) -> str:
-    from mimscale.training.metrics import flops_per_image
+    from mimscale.training.planning.throughput import flops_per_image
 
     step_flops = flops_per_image(recipe) * recipe.train.global_batch
     seconds = step_flops / (gpus * peak * mfu)

@@ -19,15 +19,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     args = parser().parse_args(argv)
+    from mimscale.data.decode import read_rgb
     from mimscale.training.pictures import save_png
-    from mimscale.training.pretraining.reconstruction import read_image
-    from mimscale.transfer.load import FinetunedRun
+    from mimscale.transfer.load import load_run
 
     try:
-        run = FinetunedRun.open(args.run)
-        module, data = run.module(), run.checkpoint.manifest["data"]
+        run = load_run(args.run)
+        task, module, data = run.task, run.module(), run.checkpoint.manifest["data"]
         for path in args.images:
-            text, picture = run.kind.say(run.recipe, data, module, read_image(path))
+            text, picture = task.say(run.recipe, data, module, read_rgb(path))
             print(f"{path}: {text}")
             if picture is not None:
                 target = (args.output or Path()) / f"{path.stem}_{run.recipe.task}.png"

@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from mimscale.data import ShardError
     from mimscale.training.run_folder import write_beside
-    from mimscale.transfer.probe import probe, probe_folder
+    from mimscale.transfer.load import folder_of
+    from mimscale.transfer.probe import probe
 
     try:
         if args.knn < 1:
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
             args.batch,
             args.workers,
         )
-        target = probe_folder(args.source) / "result.json"
+        target = folder_of(args.source) / "probe" / "result.json"
         write_beside(target, json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ShardError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)

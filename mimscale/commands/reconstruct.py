@@ -10,7 +10,7 @@ from pathlib import Path
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__, allow_abbrev=False)
-    made.add_argument("run", type=Path, help="run folder of a pre-training")
+    made.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
     made.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
     made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     made.add_argument("--count", type=int, default=8, help="how many validation images (default: 8)")
@@ -27,11 +27,17 @@ def main(argv: list[str]) -> int:
     from mimscale.data import ShardError, ShardIndex, ValidationStream
     from mimscale.training.errors import CheckpointError
     from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
-    from mimscale.training.pretraining.reconstruction import load_run, random_masks, read_images
+    from mimscale.training.pretraining.reconstruction import random_masks, read_images
     from mimscale.training.recipe import RecipeError
+    from mimscale.transfer.load import load_run
 
     try:
-        recipe, objective, step = load_run(args.run, args.step)
+        run = load_run(args.run, args.step)
+        if run.kind is not None:
+            raise RecipeError(
+                f"{args.run} is a fine-tuning, which fills nothing in: mimscale predict shows what it makes of images"
+            )
+        recipe, objective = run.recipe, run.module()
         if args.images:
             images = read_images(args.images, recipe.data.image_size)
             mask = random_masks(len(images), recipe, args.seed)
@@ -48,7 +54,8 @@ def main(argv: list[str]) -> int:
     with torch.no_grad():
         l1, l2, prediction = objective(images, mask)
         filled = to_uint8(objective.fill_in(images, mask, prediction))
-    output = args.output or args.run / "reconstructions" / f"images_{step:08d}.png"
+    step = run.checkpoint.step
+    output = args.output or run.folder / "reconstructions" / f"images_{step:08d}.png"
     save_png(reconstruction_sheet(images, mask, filled), output)
     print(f"{output}: {len(images)} images at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}")
     return 0

@@ -12,12 +12,14 @@ from mimscale.data.errors import DamagedSample, ShardError
 
 if TYPE_CHECKING:
     from mimscale.data.shards.index import ShardIndex
+    from mimscale.data.stream.crops import CropSpec
     from mimscale.data.stream.labelled import Erasing, EvaluationStream, LabelledBatch, LabelledStream
     from mimscale.data.stream.mim import MIMBatch, MIMStream
     from mimscale.data.stream.order import SampleOrder
     from mimscale.data.stream.validation import ValidationStream
 
 _HOME = {
+    "CropSpec": "stream.crops",
     "Erasing": "stream.labelled",
     "EvaluationStream": "stream.labelled",
     "LabelledBatch": "stream.labelled",
@@ -30,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CropSpec",
     "DamagedSample",
     "Erasing",
     "EvaluationStream",

@@ -10,6 +10,7 @@ import io
 import struct
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -85,6 +86,15 @@ def decode_jpeg_strictly(data: bytes | memoryview, memory: PixelMemory | None = 
     return simplejpeg.decode_jpeg(data, "RGB", buffer=(memory or PixelMemory()).of(3 * height * width))
 
 
+def rgb_of(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as uint8 (height, width, 3)."""
+    if image.mode.startswith("I"):
+        # 16 bits a pixel: Pillow's own conversion clips instead of scaling.
+        grey = np.clip(np.asarray(image, np.int64), 0, 65535) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
 def decode_leniently(data: bytes | memoryview) -> np.ndarray:
     """Whatever Pillow makes of the bytes, as uint8 (height, width, 3).
 
@@ -99,11 +109,7 @@ def decode_leniently(data: bytes | memoryview) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 _check_size(*image.size)
-                if image.mode.startswith("I"):
-                    # 16 bits a pixel: Pillow's own conversion clips instead of scaling.
-                    grey = np.clip(np.asarray(image, np.int64), 0, 65535) // 257
-                    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-                return np.array(image.convert("RGB"))
+                return rgb_of(image)
     except DamagedSample:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
@@ -147,6 +153,20 @@ def decode_rgb(data: bytes | memoryview, memory: PixelMemory | None = None) -> n
         except ValueError:
             pass
     return decode_leniently(data)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """An image file as uint8 (height, width, 3): what training sees of it.
+
+    Raises:
+        DamagedSample: it cannot be read, or is not an image; its path is named.
+    """
+    try:
+        return decode_rgb(path.read_bytes())
+    except OSError as error:
+        raise DamagedSample(f"{path}: {error.strerror}") from None
+    except DamagedSample as damage:
+        raise DamagedSample(f"{path}: {damage.reason}") from None
 
 
 Read = Callable[[int, int], bytes]

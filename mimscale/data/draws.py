@@ -59,11 +59,6 @@ def draw_keys(seed: int, positions: np.ndarray) -> np.ndarray:
     return (rows >> np.uint64(1)).astype(np.int64)
 
 
-def draw_key(seed: int, position: int) -> int:
-    """:func:`draw_keys` for one position."""
-    return int(draw_keys(seed, np.asarray([position]))[0])
-
-
 def permutation(count: int, seed: int, purpose: int, *more: int) -> np.ndarray:
     """A seeded permutation of range(count): uint32 below 2^32 elements, to halve what 14 million samples cost."""
     order = np.argsort(bits(seed, purpose, count, *more), kind="stable")

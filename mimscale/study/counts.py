@@ -78,10 +78,9 @@ def count(recipe: RunRecipe, memory: bool = True) -> dict[str, Any]:
         StudyError: the recipe's sizes do not fit together.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from mimscale.training.metrics import flops_per_image
     from mimscale.training.planning.counting import activation_bytes, parameter_sizes
+    from mimscale.training.planning.throughput import flops_per_image, training_flops
     from mimscale.training.pretraining.module import build_objective
     from mimscale.transfer.recipe import FinetuneRecipe
     from mimscale.transfer.weights import task_encoder
@@ -104,10 +103,9 @@ def count(recipe: RunRecipe, memory: bool = True) -> dict[str, Any]:
         size = recipe.model_dump()["data"]["image_size"]
         with torch.device("meta"):
             encoder = task_encoder(recipe)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                encoder.eval()(torch.empty(1, 3, size, size))
         total = parameters(encoder)
-        return {"encoder": total, "parameters": total, "flops": 3 * counter.get_total_flops()}
+        flops = training_flops(lambda: encoder, lambda module: module(torch.empty(1, 3, size, size)))
+        return {"encoder": total, "parameters": total, "flops": flops}
     except RecipeError as error:
         raise StudyError(f"{recipe.model_dump()['model']['name']} of the study cannot be built: {error}") from None
 

@@ -12,8 +12,8 @@ from mimscale.study.counts import load, sizes
 from mimscale.study.jobs import Job, trained_alone
 from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
-from mimscale.training.metrics_log import duration
-from mimscale.training.planning.gpus import GPU_PEAKS
+from mimscale.training.metrics import duration
+from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, Way, plan_way
 from mimscale.training.recipe import Recipe
 from mimscale.training.run_folder import write_beside

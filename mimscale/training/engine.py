@@ -28,6 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import groups as process_groups
 
+from mimscale.models.weights.released import saved_buffers
 from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.errors import CorruptedUpdateError, TrainingError
@@ -441,12 +442,6 @@ class Engine:
         if (group := process_groups._get_zero_param_intra_parallel_group()) is not None:
             # ZeRO++'s second partition; the next engine of this process could not make its own.
             deepspeed.comm.destroy_process_group(group)
-
-
-def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """What a module learns outside its parameters (a batch norm's running statistics), by name; alike on all ranks."""
-    stored = module.state_dict()
-    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
 
 
 def _whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

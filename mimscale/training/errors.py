@@ -1,5 +1,14 @@
 """What ends a training: errors whose message is what the user sees."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from mimscale.data.errors import ShardError
+
+Batch = TypeVar("Batch")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names it and what to do."""
@@ -23,3 +32,15 @@ class CorruptedUpdateError(TrainingError):
 
 class RankLocalError(RuntimeError):
     """Something that happened to this rank alone, so that this rank has to say it."""
+
+
+def read_here(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches that this rank reads for itself.
+
+    Raises:
+        RankLocalError: they cannot be read.
+    """
+    try:
+        yield from batches
+    except (ShardError, OSError) as error:
+        raise RankLocalError(str(error)) from error

@@ -22,10 +22,10 @@ from mimscale.training.errors import CorruptedUpdateError, TrainingError
 from mimscale.training.faults.preemption import Preempted, StopRequests
 from mimscale.training.faults.spikes import WINDOW, LeftOut, RollBack, SpikeJudge
 from mimscale.training.faults.watchdog import Watchdog
-from mimscale.training.metrics import Progress, device_peak
-from mimscale.training.metrics_log import MetricsLog, duration
+from mimscale.training.metrics import MetricsLog, Progress, duration
 from mimscale.training.pictures import save_png
 from mimscale.training.planning.counting import peak_bytes
+from mimscale.training.planning.throughput import device_peak
 from mimscale.training.ranks import Ranks, first_only, from_first, gather
 from mimscale.training.run_folder import RunFolder, check_branch, check_resumable, write_beside
 from mimscale.training.saver import Saver

@@ -1,55 +1,61 @@
-"""What a run shows while it trains: the progress line, and the FLOPs by which its MFU is told."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, and the progress line with throughput, MFU and ETA."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-from mimscale.models.layers import widens
-from mimscale.training.metrics_log import duration
-from mimscale.training.planning.gpus import GPU_PEAKS
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe
 
 LOG_SECONDS = 10.0
 BAR = "{n_fmt}/{total_fmt} {bar:12} {postfix} | {elapsed} < {remaining}"
 
 
-def flops_per_image(recipe: Recipe) -> int:
-    """Floating-point operations of one training image: the forward pass counted on the meta device, times three."""
-    with torch.device("meta"):
-        objective = build_objective(recipe)
-        size, grid = recipe.data.image_size, recipe.mask_grid
-        images = torch.empty(1, 3, size, size, dtype=torch.uint8)
-        mask = torch.zeros(1, grid, grid, dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective.eval()(images, mask)
-    return 3 * counter.get_total_flops()
+class MetricsLog:
+    """``metrics.jsonl``: one object a line, in the order of the steps."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a line that a kill cut short is left out."""
+        records = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and "step" in record:
+                    records.append(record)
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``: the resumed run will log those steps again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        beside = self.path.with_name(f".{self.path.name}.part")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        beside.replace(self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one line; it is with the operating system when this returns, so a kill does not lose it."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def device_peak(device: torch.device, bf16: bool) -> float:
-    """Peak FLOP/s of one device: the data sheet's for a known GPU, else what a matrix product reaches here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (low, full) in GPU_PEAKS.items():
-            if known in name:
-                return (low if bf16 else full) * 1e12
-    size = 4096 if device.type == "cuda" else 768
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    if widens(matrix):
-        matrix = matrix.float()  # as the model's own products
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 3 min 20 s, 5 h 07 min, 2 d 03 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
 
 
 class Progress:

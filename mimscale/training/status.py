@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimscale.training.faults.watchdog import read_heartbeats
-from mimscale.training.metrics_log import MetricsLog, duration
+from mimscale.training.metrics import MetricsLog, duration
 from mimscale.training.run_folder import read_recipe_value, saved_steps
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
 from mimscale.training.pictures import loss_curves
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
@@ -47,12 +47,32 @@ class Evaluator(Protocol):
     batch it trains with; ``evaluate`` gives the module's eval-mode outputs, each on ``device``.
     """
 
-    ranks: Any
+    ranks: Ranks
     micro: int
     module: nn.Module
 
     def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """The module's outputs in eval mode for one batch."""
+
+
+class PlainEvaluator:
+    """A module by itself, as an :class:`Evaluator`.
+
+    Args:
+        module: goes to the ranks' device, in eval mode.
+        batch: images of one rank's batch.
+        ranks: who evaluates together; by default this process alone, on the first GPU or the CPU.
+    """
+
+    def __init__(self, module: nn.Module, batch: int, ranks: Ranks | None = None):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks = ranks or Ranks(0, 1, 0, 1, device)
+        self.module, self.micro = module.to(self.ranks.device).eval(), batch
+
+    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs in eval mode for one batch."""
+        with torch.no_grad():
+            return self.module(*(tensor.to(self.ranks.device) for tensor in batch))
 
 
 class Task(ABC):
@@ -88,7 +108,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         """Figures on held-out data; ``None`` where there is none. Collective; only the first rank's answer is used."""
 
     @abstractmethod

@@ -12,10 +12,9 @@ from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import step_name, write_beside
-from mimscale.transfer.load import FinetunedRun, Standing
-from mimscale.transfer.recipe import load_finetune_recipe
-from mimscale.transfer.task import task_class
-from mimscale.transfer.weights import open_run
+from mimscale.training.task import PlainEvaluator
+from mimscale.transfer.load import is_run, load_run
+from mimscale.transfer.recipe import find_task, load_finetune_recipe
 
 
 def evaluate(
@@ -37,10 +36,9 @@ def evaluate(
         RecipeError, CheckpointError, ShardError, ValueError: what does not fit.
     """
     values = _data_section(overrides)
-    if open_run(source) is not None:
-        run = FinetunedRun.open(source, overrides=values)
-        module, recipe, kind, step = run.module(), run.recipe, run.kind, run.checkpoint.step
-        task = kind(recipe)
+    if is_run(source):
+        run = load_run(source, data=values)
+        task, module, step = run.task(run.recipe), run.module(), run.checkpoint.step
         task.check_same_classes(run.checkpoint.manifest["data"])
     else:
         if recipe_file is None:
@@ -48,12 +46,12 @@ def evaluate(
                 f"{source} is no run: a file of weights takes --recipe, a fine-tuning recipe of its model"
             )
         recipe = load_finetune_recipe(recipe_file, overrides)
-        task, step = task_class(recipe.task)(recipe), 0
+        task, step = find_task(recipe.task)(recipe), 0
         module = task.build()
-        load_released(module.encoder, source)  # type: ignore[arg-type]
+        load_released(module.encoder, source)
     ranks = start_ranks()
     try:
-        found = task.validate(Standing(module, ranks, batch), step)  # type: ignore[arg-type]
+        found = task.validate(PlainEvaluator(module, batch, ranks), step)
         if found is None:
             raise ShardError("there are no held-out images; data.validation=FRACTION names other ones")
         if not ranks.is_first:

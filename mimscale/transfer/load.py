@@ -1,147 +1,209 @@
-"""Trained models of runs and files, in one process, to evaluate, predict and probe with."""
+"""Trained runs, of any kind, in one process: their modules, their encoders, and how their images are made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from mimscale.models.weights.export import load
-from mimscale.models.weights.released import load_released
+from mimscale.data.decode import rgb_of
+from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
+from mimscale.models.preprocessing import Preprocessing, preprocessing_of
+from mimscale.models.swin_v2 import SwinTransformerV2
+from mimscale.models.vit import VisionTransformer
+from mimscale.models.weights.export import load, remade, without_head
+from mimscale.models.weights.released import all_weights
 from mimscale.training.checkpoint import Checkpoint, open_newest
-from mimscale.training.engine import saved_buffers
-from mimscale.training.errors import CheckpointError
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.ranks import Ranks
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values, stored_recipe
-from mimscale.transfer.recipe import FinetuneRecipe, load_finetune_recipe
-from mimscale.transfer.task import TransferTask, task_class
-from mimscale.transfer.weights import open_run, task_encoder
+from mimscale.training.pretraining.module import build_objective, normalise
+from mimscale.training.recipe import RecipeError, stored_recipe
+from mimscale.transfer.recipe import find_task
 
-
-class Standing:
-    """A module that stands still, with the part of :class:`mimscale.training.engine.Engine` that a validation uses."""
-
-    def __init__(self, module: nn.Module, ranks: Ranks, batch: int):
-        self.module, self.ranks, self.micro = module.to(ranks.device).eval(), ranks, batch
-
-    def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """The module's eval-mode outputs for one batch."""
-        with torch.no_grad():
-            return self.module(*(tensor.to(self.ranks.device) for tensor in batch))
-
-
-def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Set all weights of a module to a checkpoint's, to their moving average where one was kept.
-
-    Raises:
-        CheckpointError: it is one of another model.
-    """
-    parts = dict(module.named_parameters()) | saved_buffers(module)
-    checkpoint.check_shapes({name: tuple(part.shape) for name, part in parts.items()})
-    with torch.no_grad():
-        for name, part in parts.items():
-            part.copy_(checkpoint.trained(name))
-    return module.eval()
+Picture = Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
-class FinetunedRun:
-    """A fine-tuning run's checkpoint: its kind of task, its recipe, and what it was trained on."""
+class LoadedRun:
+    """One checkpoint of a run.
+
+    Attributes:
+        checkpoint: seen to be whole.
+        recipe: the run's, of pre-training or of its task.
+        kind: the class of its fine-tuning task; ``None`` for a pre-training.
+    """
 
     checkpoint: Checkpoint
-    kind: type[TransferTask]
-    recipe: FinetuneRecipe
+    recipe: Any
+    kind: Any
 
-    @classmethod
-    def open(cls, source: str, step: int | None = None, overrides: dict[str, Any] | None = None) -> FinetunedRun:
-        """Open RUN or RUN@STEP.
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.checkpoint.path.parent.parent
 
-        Args:
-            source: RUN or RUN@STEP.
-            step: which checkpoint of a RUN; the newest if ``None``.
-            overrides: keys of the ``data`` section to change.
+    @property
+    def task(self) -> Any:
+        """The class of its fine-tuning task.
 
         Raises:
-            CheckpointError, RecipeError: there is no such run, or it is a pre-training.
+            RecipeError: it is a pre-training.
         """
-        checkpoint = open_newest(Path(source), step) if step is not None else open_run(source)
-        if checkpoint is None:
-            raise CheckpointError(f"{source} is no run folder")
-        values = checkpoint.manifest["recipe"]
-        if "task" not in values:
+        if self.kind is None:
             raise RecipeError(
-                f"{source} is a pre-training, which has no head: probe it (mimscale probe), or fine-tune from it"
+                f"{self.folder} is a pre-training, which has no head: probe it (mimscale probe), or fine-tune from it"
             )
-        kind = task_class(values["task"])
-        values = {**values, "data": {**values["data"], **(overrides or {})}}
-        return cls(checkpoint, kind, stored_recipe(values, str(checkpoint.path), kind.schema))
+        return self.kind
 
-    def module(self) -> nn.Module:
-        """The trained module, in eval mode on the CPU."""
-        return fill(self.kind.module_of(self.recipe, self.checkpoint.manifest["data"]), self.checkpoint)
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the run makes the images that it validates on; for a task on images of any size, its training images' size."""
+        data = self.recipe.data
+        size, says = data.image_size, hasattr(data, "resize_shorter")
+        shorter = shorter_side(size, data.resize_shorter) if says else size
+        return Preprocessing(size, shorter, data.mean, data.std, getattr(data, "interpolation", "bilinear"))
+
+    def build(self) -> Any:
+        """What was trained, with fresh weights, wherever torch makes them; it has an ``encoder``.
+
+        Raises:
+            RecipeError: its recipe does not build.
+        """
+        if self.kind is None:
+            module: Any = build_objective(self.recipe)
+        else:
+            module = self.kind.module_of(self.recipe, self.checkpoint.manifest["data"])
+        module.encoder.preprocessing = self.preprocessing
+        return module
+
+    def module(self) -> Any:
+        """What was trained, as a whole, in eval mode on the CPU: weights, or their moving average, and statistics.
+
+        Raises:
+            CheckpointError: the checkpoint is one of another model.
+            RecipeError: its recipe does not build.
+        """
+        module = self.build()
+        parts = all_weights(module)
+        self.checkpoint.check_shapes({name: tuple(part.shape) for name, part in parts.items()})
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_(self.checkpoint.trained(name))
+        return module.eval()
+
+    @cached_property
+    def meta_module(self) -> Any:
+        """What was trained, on the meta device: names and shapes alone."""
+        with torch.device("meta"):
+            return self.build()
+
+    def encoder(self) -> Any:
+        """The trained encoder, with its classifier where it has one."""
+        return self.module().encoder
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the encoder's tensors begin with in the checkpoint."""
+        module = self.meta_module
+        return next(f"{name}." for name, part in module.named_modules() if part is module.encoder)
 
 
-@dataclass(frozen=True)
-class FrozenEncoder:
-    """An encoder that gives pooled features (B, C) of normalised images, and how its images are made.
-
-    ``name`` tells its weights from others'.
-    """
-
-    encoder: Any
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    name: str
+def is_run(source: str | Path) -> bool:
+    """Whether ``source`` is RUN or RUN@STEP, rather than a file."""
+    return _run_and_step(str(source)) is not None
 
 
-def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncoder:
-    """The encoder of a run of any kind, of an exported file, or of a released one.
+def _run_and_step(source: str) -> tuple[Path, int | None] | None:
+    run, at, step = source.rpartition("@")
+    if at and step.isdigit() and Path(run).is_dir():
+        return Path(run), int(step)
+    return (Path(source), None) if Path(source).is_dir() else None
+
+
+def folder_of(source: str | Path) -> Path:
+    """Where what is made of a run or a file goes: its run folder, or the file's."""
+    run = _run_and_step(str(source))
+    return run[0] if run else Path(source).parent
+
+
+def load_run(source: str | Path, step: int | None = None, data: dict[str, Any] | None = None) -> LoadedRun:
+    """Open a pre-training or a fine-tuning.
 
     Args:
-        source: RUN, RUN@STEP or FILE.
-        recipe_file: for a file that does not say what it holds: a recipe, of pre-training or fine-tuning, whose ``model`` and
-            ``data`` describe it.
+        source: RUN or RUN@STEP.
+        step: which checkpoint of a RUN; the newest if ``None``.
+        data: keys of the recipe's ``data`` section to change.
 
     Raises:
-        CheckpointError, RecipeError, ValueError: it cannot be read, or does not fit its recipe.
+        CheckpointError: the run has no such checkpoint, or it is damaged.
+        RecipeError: there is no such run, or its recipe is none.
     """
-    checkpoint = open_run(source)
-    if checkpoint is not None:
-        values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
-        if "mim" in values:
-            recipe: Any = stored_recipe(values, where)
-            encoder = fill(build_objective(recipe), checkpoint).model.encoder  # type: ignore[union-attr]
-        else:
-            run = FinetunedRun.open(source)
-            recipe, encoder = run.recipe, run.module().encoder
-        return _frozen(
-            encoder, recipe.data.image_size, recipe, f"{checkpoint.path.resolve()} {checkpoint.manifest['files']}"
-        )
-    path = Path(source)
-    if not path.is_file():
-        raise RecipeError(f"{source}: there is no such run or file")
-    name = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
-    if recipe_file is None:
-        if path.suffix != ".safetensors":
-            raise RecipeError(f"{source} does not say what it holds: give --recipe with its model and image size")
-        encoder = load(path)
-        return FrozenEncoder(encoder, encoder.img_size[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), name)
-    if "task" in recipe_values(recipe_file):
-        recipe = load_finetune_recipe(recipe_file)
-        encoder = task_encoder(recipe)
-    else:
-        recipe = load_recipe(recipe_file, (), Recipe)
-        encoder = build_objective(recipe).model.encoder
-    load_released(encoder, path)
-    return _frozen(encoder, recipe.data.image_size, recipe, name)
+    found = _run_and_step(str(source))
+    if found is None:
+        raise RecipeError(f"there is no run {source}")
+    checkpoint = open_newest(found[0], found[1] if step is None else step)
+    values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
+    values = {**values, "data": {**values["data"], **(data or {})}}
+    if "mim" in values:
+        return LoadedRun(checkpoint, stored_recipe(values, where), None)
+    kind = find_task(values.get("task"))
+    return LoadedRun(checkpoint, stored_recipe(values, where, kind.schema), kind)
 
 
-def _frozen(encoder: Any, image_size: int, recipe: Any, name: str) -> FrozenEncoder:
-    if encoder.num_classes:
-        encoder.head = nn.Identity()  # what goes into the head is what is wanted; a ViT's pooling norm belongs to it
-    return FrozenEncoder(encoder.eval(), image_size, recipe.data.mean, recipe.data.std, name)
+def load_encoder(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
+    """The encoder of a run or of an exported file; see :func:`mimscale.load`."""
+    if not is_run(source):
+        if not Path(source).exists():
+            raise ValueError(f"there is no run or file {source}")
+        return load(source, **overrides)
+    run = load_run(source)
+    trained = run.encoder()
+    if not overrides:
+        return without_head(trained)
+    return remade(trained.made_from, overrides, all_weights(trained), str(source), run.preprocessing)
+
+
+class Transform:
+    """Pictures to images for an encoder, made as its run or file says.
+
+    Args:
+        encoder: as :func:`mimscale.load` gives it.
+    """
+
+    def __init__(self, encoder: Any):
+        self.preprocessing = preprocessing_of(encoder)
+
+    def __call__(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Resize, cut and normalise.
+
+        Args:
+            pictures: a Pillow image of any mode, or pixels, uint8 (height, width, 3); or several of them.
+
+        Returns:
+            fp32 (3, S, S); of several (N, 3, S, S).
+
+        Raises:
+            ValueError: pixels of another kind or shape.
+        """
+        if isinstance(pictures, Image.Image | np.ndarray):
+            return self([pictures])[0]
+        how = self.preprocessing
+        crops = [
+            resize_and_centre_crop(_pixels(picture), how.resize_shorter, how.image_size, how.interpolation)
+            for picture in pictures
+        ]
+        return normalise(torch.stack(crops), how.mean, how.std)
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    if isinstance(picture, Image.Image):
+        return rgb_of(picture)
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise ValueError(f"a picture is a Pillow image, or an array of uint8 (height, width, 3), not {what}")
+    return picture

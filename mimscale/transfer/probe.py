@@ -21,14 +21,69 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mimscale.data import EvaluationStream, ShardIndex
-from mimscale.training.pretraining.module import normalise
+from mimscale.models.preprocessing import Preprocessing, preprocessing_of
+from mimscale.models.weights.export import load, without_head
+from mimscale.models.weights.released import load_released
+from mimscale.training.pretraining.module import build_objective, normalise
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values
 from mimscale.transfer.classification.labels import check_labels
-from mimscale.transfer.load import FrozenEncoder, frozen_encoder
+from mimscale.transfer.load import folder_of, is_run, load_run
+from mimscale.transfer.recipe import load_finetune_recipe
+from mimscale.transfer.weights import task_encoder
 
 # Strengths of the linear classifier's penalty to choose from, and the share of the training images they are chosen on.
 PENALTIES = tuple(10.0**power for power in range(-6, 1))
 HELD_BACK = 0.1
 TEMPERATURE = 0.07  # of the neighbours' votes, as DINO weighs them
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """An encoder that gives pooled features (B, C) of normalised images, and how its images are made.
+
+    ``name`` tells its weights from others'.
+    """
+
+    encoder: Any
+    images: Preprocessing
+    name: str
+
+
+def frozen_encoder(source: str, recipe_file: Path | None = None) -> FrozenEncoder:
+    """The encoder of a run of any kind, of an exported file, or of a released one.
+
+    Args:
+        source: RUN, RUN@STEP or FILE.
+        recipe_file: for a file that does not say what it holds: a recipe, of pre-training or fine-tuning, whose ``model`` and
+            ``data`` describe it.
+
+    Raises:
+        CheckpointError, RecipeError, ValueError: it cannot be read, or does not fit its recipe.
+    """
+    if is_run(source):
+        run = load_run(source)
+        name = f"{run.checkpoint.path.resolve()} {run.checkpoint.manifest['files']}"
+        return FrozenEncoder(without_head(run.encoder()), run.preprocessing, name)
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(f"{source}: there is no such run or file")
+    name = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    if recipe_file is None:
+        if path.suffix != ".safetensors":
+            raise RecipeError(f"{source} does not say what it holds: give --recipe with its model and image size")
+        encoder = load(path)
+        return FrozenEncoder(encoder, preprocessing_of(encoder), name)
+    if "task" in recipe_values(recipe_file):
+        recipe: Any = load_finetune_recipe(recipe_file)
+        encoder = task_encoder(recipe)
+    else:
+        recipe = load_recipe(recipe_file, (), Recipe)
+        encoder = build_objective(recipe).model.encoder
+    load_released(encoder, path)
+    data = recipe.data
+    return FrozenEncoder(
+        without_head(encoder.eval()), Preprocessing(data.image_size, data.image_size, data.mean, data.std), name
+    )
 
 
 @dataclass(frozen=True)
@@ -61,17 +116,18 @@ def features(
         ShardError: no such fraction, images without a class, or too many damaged ones.
     """
     check_labels(index, fraction)
-    told = json.dumps([frozen.name, index.content.build, fraction, frozen.image_size, frozen.mean, frozen.std])
+    how = frozen.images
+    told = json.dumps([frozen.name, index.content.build, fraction, how.image_size, how.mean, how.std])
     path = folder / f"features_{fraction}_{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         kept = load_file(path)
         return Features(kept["values"], kept["labels"])
-    stream = EvaluationStream(index, fraction, frozen.image_size, batch, workers=workers)
+    stream = EvaluationStream(index, fraction, how.image_size, batch, workers=workers)
     encoder = frozen.encoder.to(device)
     values, labels = [], []
     with torch.no_grad():
         for images in tqdm(stream, total=len(stream), desc=f"features of {fraction}", disable=not sys.stderr.isatty()):
-            pooled = encoder(normalise(images.images.to(device), frozen.mean, frozen.std))
+            pooled = encoder(normalise(images.images.to(device), how.mean, how.std))
             values.append(pooled.float().cpu()[images.valid])
             labels.append(images.labels[images.valid])
     found = Features(torch.cat(values), torch.cat(labels))
@@ -167,7 +223,7 @@ def probe(
         recipe: for a FILE that does not say what it holds.
         batch: images at a time.
         workers: processes that read ahead.
-        folder: where features are kept.
+        folder: where features are kept; in the run, or beside the file, if ``None``.
 
     Returns:
         The figures, in the shape of a run's ``result.json``.
@@ -179,7 +235,7 @@ def probe(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = frozen_encoder(source, recipe)
     index = ShardIndex.load(shards)
-    folder = folder or probe_folder(source)
+    folder = folder or folder_of(source) / "probe"
     train, val = (features(frozen, index, part, batch, workers, device, folder) for part in (fraction, validation))
     classes = len(index.classes)
     commonest = int(torch.bincount(train.labels).argmax())
@@ -197,11 +253,3 @@ def probe(
         "images": {"train": len(train), "val": len(val)},
         "seconds": time.monotonic() - began,
     }
-
-
-def probe_folder(source: str) -> Path:
-    """Where the probes of a source are kept: in its run, or beside its file."""
-    path = Path(source)
-    if not path.exists():
-        path = Path(source.rpartition("@")[0])
-    return (path if path.is_dir() else path.parent) / "probe"

@@ -68,7 +68,7 @@ class FinetuneRecipe(RunRecipe):
 
 
 def find_task(name: object) -> Any:
-    """The class of the task of that name (see :func:`mimscale.transfer.task.task_class`).
+    """The class of the task of that name, a :class:`mimscale.transfer.task.TransferTask`.
 
     Raises:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.

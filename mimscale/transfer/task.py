@@ -6,7 +6,7 @@ A task is a subclass with
   ``validate`` gives ``val_METRIC``, larger being better;
 - ``build()``: a module whose ``encoder`` comes from ``self.encoder(num_classes)``; all other modules are new;
 - ``module_of(recipe, data)``: the same module without the data, to be filled with a checkpoint's weights, and
-  ``say(recipe, data, module, image)``: what it makes of one image, for ``mimscale predict``;
+  ``say(recipe, data, module, pixels)``: what it makes of one image, for ``mimscale predict``;
 - ``example(images)``, where a batch of any content keeps the same memory, so that a micro-batch of "auto" can be bounded;
 - ``batches``, ``validate``, ``describe``, ``data_state`` and ``check_data`` of :class:`mimscale.training.task.Task`.
 
@@ -19,6 +19,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ class TransferTask(Task):
 
     @classmethod
     @abstractmethod
-    def say(cls, recipe: Any, data: dict[str, Any], module: Any, image: Image.Image) -> tuple[str, Image.Image | None]:
-        """What a trained module makes of an RGB image of any size: in words, and as a picture where one helps."""
+    def say(cls, recipe: Any, data: dict[str, Any], module: Any, pixels: np.ndarray) -> tuple[str, Image.Image | None]:
+        """What a trained module makes of an image, uint8 (height, width, 3): in words, and as a picture where one helps."""
 
     def check_same_classes(self, data: dict[str, Any]) -> None:
         """Raise unless this task's data has the classes that a checkpoint was trained on.
@@ -111,16 +112,7 @@ class TransferTask(Task):
         }
 
 
-def task_class(name: object) -> type[TransferTask]:
-    """The task of that name.
-
-    Raises:
-        RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
-    """
-    return find_task(name)
-
-
 def finetune(recipe: FinetuneRecipe, ds_config: dict[str, Any], output: str) -> dict[str, Any]:
     """Fine-tune, or go on fine-tuning, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
-    kind = task_class(recipe.task)
+    kind = find_task(recipe.task)
     return run(lambda: kind(recipe), ds_config, output)

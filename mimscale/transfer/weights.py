@@ -23,11 +23,10 @@ from mimscale.models.swin_v2 import SwinTransformerV2
 from mimscale.models.vit import VisionTransformer
 from mimscale.models.weights.export import exported_settings
 from mimscale.models.weights.released import match_checkpoint, read_checkpoint, released_names
-from mimscale.training.checkpoint import Checkpoint, open_newest
-from mimscale.training.errors import CheckpointError
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import RecipeError, stored_recipe
-from mimscale.transfer.recipe import FinetuneRecipe, TransferModel, schema_of
+from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.recipe import RecipeError
+from mimscale.transfer.load import is_run, load_run
+from mimscale.transfer.recipe import FinetuneRecipe, TransferModel
 
 HEADS = ("head.", "fc_norm.")
 
@@ -89,20 +88,6 @@ def _pretrained_windows(model: TransferModel) -> int | tuple[int, ...]:
     return windows_at(model.pretrained_image_size, window)
 
 
-def open_run(source: str) -> Checkpoint | None:
-    """The checkpoint that ``RUN`` or ``RUN@STEP`` names, checked whole; ``None`` where ``source`` is no run.
-
-    Raises:
-        CheckpointError: the run has no such checkpoint, or it is damaged.
-    """
-    run, at, step = source.rpartition("@")
-    if at and step.isdigit() and Path(run).is_dir():
-        return open_newest(Path(run), int(step))
-    if Path(source).is_dir():
-        return open_newest(Path(source))
-    return None
-
-
 def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]:
     """Weights for every parameter of ``encoder`` but its head.
 
@@ -118,8 +103,7 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         RecipeError: there is no such run or file, or it is no file of weights.
         CheckpointMismatch: listing all that is missing or left over.
     """
-    checkpoint = open_run(source)
-    if checkpoint is None:
+    if not is_run(source):
         if not Path(source).is_file():
             raise RecipeError(f"finetune.from={source}: there is no such run or file")
         try:
@@ -134,17 +118,16 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         elif (windows := _stored_windows(stored)) is not None:
             _check_windows(source, windows, encoder)
         return matched.get
-    _check_sizes(str(checkpoint.path), _encoder_of(checkpoint), encoder)
-    prefixes = ("model.encoder.", "encoder.")  # of a pre-training and of a fine-tuning
-    place = {
-        f"encoder.{name.removeprefix(prefix)}": name
-        for prefix in prefixes
-        for name in checkpoint.manifest["shapes"]
+    run = load_run(source)
+    checkpoint, prefix = run.checkpoint, run.prefix
+    _check_sizes(str(checkpoint.path), run.meta_module.encoder, encoder)
+    shapes = {
+        name.removeprefix(prefix): torch.empty(shape, device="meta")
+        for name, shape in checkpoint.manifest["shapes"].items()
         if name.startswith(prefix)
     }
-    shapes = {name: torch.empty(checkpoint.manifest["shapes"][stored], device="meta") for name, stored in place.items()}
     wanted = _match(encoder, shapes, str(checkpoint.path))
-    return lambda name: checkpoint.trained(place[f"encoder.{name}"]) if name in wanted else None
+    return lambda name: checkpoint.trained(prefix + name) if name in wanted else None
 
 
 def _match(encoder: Any, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -198,12 +181,3 @@ def _stored_windows(state: Mapping[str, Tensor]) -> list[int] | None:
                 return None
             windows.append(1 + round(8 * ((table.shape[1] + 1) // 2 - 1) / reach))
     return windows or None
-
-
-def _encoder_of(checkpoint: Checkpoint) -> Any:
-    """The encoder that a run trained, on the meta device."""
-    values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
-    with torch.device("meta"):
-        if "mim" in values:
-            return build_objective(stored_recipe(values, where)).model.encoder
-        return task_encoder(stored_recipe(values, where, schema_of(values.get("task"))))

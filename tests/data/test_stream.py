@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, draws
+from mimscale.data import CropSpec, MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, draws
 from mimscale.data.build import writer
 from mimscale.data.build.sources.image_folder import ImageFolder
 from mimscale.data.shards.format import Index
@@ -128,10 +128,9 @@ def test_batches_hold_what_they_say(solar):
     assert batch.mask.shape == (6, 6, 6) and batch.mask.dtype == torch.bool
     assert (batch.mask.sum((1, 2)) == 22).all() and len({m.numpy().tobytes() for m in batch.mask}) == 6
     assert (batch.draw_keys >= 0).all() and batch.draw_keys.unique().numel() == 6
-    assert draws.draw_key(0, 3) == batch.draw_keys[3]
-    mae = next(
-        iter(MIMStream(solar, "10", image_size=224, global_batch=2, mask_grid=14, hidden=147, interpolation="bicubic"))
-    )
+    assert draws.draw_keys(0, batch.positions.numpy()).tolist() == batch.draw_keys.tolist()
+    bicubic = CropSpec(224, interpolation="bicubic")
+    mae = next(iter(MIMStream(solar, "10", global_batch=2, mask_grid=14, hidden=147, crops=bicubic)))
     assert mae.mask.shape == (2, 14, 14) and (mae.mask.sum((1, 2)) == 147).all()
 
 
@@ -148,7 +147,7 @@ def test_crops_have_the_distribution_of_torchvisions_random_resized_crop():
 
 
 def test_a_crop_is_pillows_antialiased_resize_of_the_same_box(photos, photographs):
-    stream = MIMStream(photos, "100", seed=5, global_batch=16, flip=0.0)
+    stream = MIMStream(photos, "100", seed=5, global_batch=16, crops=CropSpec(flip=0.0))
     batch = stream.batch(0)
     boxes = draws.uniforms(5, draws.CROP, np.arange(16), augment.DRAWS_PER_CROP)
     for row, key in enumerate(batch.keys):
@@ -157,7 +156,7 @@ def test_a_crop_is_pillows_antialiased_resize_of_the_same_box(photos, photograph
             crop = image.crop((left, top, left + w, top + h)).resize((192, 192), Image.Resampling.BILINEAR)
         error = (pil_to_tensor(crop).float() - batch.images[row].float()).square().mean()
         assert 10 * np.log10(255**2 / max(float(error), 1e-9)) >= 50
-    flipped = MIMStream(photos, "100", seed=5, global_batch=16, flip=1.0).batch(0)
+    flipped = MIMStream(photos, "100", seed=5, global_batch=16, crops=CropSpec(flip=1.0)).batch(0)
     assert torch.equal(flipped.images, batch.images.flip(-1))
 
 
@@ -178,6 +177,9 @@ def test_validation_gives_each_image_once_with_its_own_mask_whatever_the_split(s
     alone = rows(1, 10)
     assert set(alone) == set(solar.keys(solar.samples("val")))
     assert rows(3, 4) == alone and rows(2, 7, workers=1) == alone
+    some, keys = rows(2, 3, limit=7), solar.keys(solar.samples("val"))
+    assert [keys.index(key) for key in some] == [place * len(keys) // 7 for place in (0, 1, 2, 6, 3, 4, 5)]
+    assert all(alone[key] == found for key, found in some.items())
 
 
 def test_validation_crops_are_torchvisions(photos, photographs):
@@ -390,9 +392,9 @@ def test_a_draw_belongs_to_its_position_and_to_nothing_else(seed, first, count):
     positions = np.arange(first, first + count)
     together = draws.uniforms(seed, draws.CROP, positions, 5)
     assert ((together >= 0) & (together < 1)).all()
-    for row, position in enumerate(positions):
+    for row in range(count):
         assert np.array_equal(draws.uniforms(seed, draws.CROP, positions[row : row + 1], 9)[0, :5], together[row])
-        assert draws.draw_key(seed, int(position)) == draws.draw_keys(seed, positions)[row] >= 0
+        assert draws.draw_keys(seed, positions[row : row + 1])[0] == draws.draw_keys(seed, positions)[row] >= 0
     assert not np.array_equal(draws.uniforms(seed + 1, draws.CROP, positions, 5), together)
     assert not np.array_equal(draws.uniforms(seed, draws.FLIP, positions, 5), together)
 
@@ -413,10 +415,10 @@ def test_nvimgcodecs_cpu_backend_gives_the_same_batches_and_leaves_damage_to_the
     bad = damage(own_photo_shards, 10, lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     index = ShardIndex.load(own_photo_shards)
     usual = next(iter(MIMStream(index, "100", global_batch=32)))
-    theirs = next(iter(MIMStream(index, "100", global_batch=32, decoder="nvimgcodec")))
+    theirs = next(iter(MIMStream(index, "100", global_batch=32, crops=CropSpec(decoder="nvimgcodec"))))
     others = [row for row, key in enumerate(usual.keys) if theirs.keys[row] == key]
     assert len(others) >= 31 and bad in dict(usual.skipped)
     assert (usual.images[others].int() - theirs.images[others].int()).abs().max() <= 1
     assert torch.equal(usual.mask, theirs.mask)
     with pytest.raises(ValueError, match="goes with decoder='nvimgcodec' and workers=0"):
-        MIMStream(index, "100", device="cuda:0")
+        CropSpec(device="cuda:0")

@@ -21,9 +21,9 @@ from mimscale.study.analysis.laws import (
     power_laws,
     relative,
     sample_efficiency,
-    split,
 )
 from mimscale.study.analysis.overfitting import data_needs, overfitting
+from mimscale.study.analysis.summary import Grid
 from mimscale.study.results.cells import Cell, cells, length, plain, title
 from mimscale.study.results.published import paper_tables, published
 from mimscale.study.results.result import Result, ResultsError, read_json, write_json
@@ -47,7 +47,7 @@ def test_63_published_cells_each_with_its_accuracy(released):
 
 def test_published_correlations_are_near_table_3(released):
     printed = paper_tables()["table3"][0]
-    overfit, healthy = (correlation(group, TOP1, "val_loss") for group in split(released))
+    overfit, healthy = Grid(tuple(released)).correlations(TOP1, "val_loss")
     assert overfit.r == pytest.approx(printed["overfit_val"], abs=0.08)
     assert healthy.r == pytest.approx(printed["other_val"], abs=0.08)
     assert overfit.low < overfit.r < overfit.high < 0

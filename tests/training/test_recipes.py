@@ -11,9 +11,9 @@ from training_runs import RECIPE, ROOT, TINY
 from mimscale.schema import known_keys, nearest_key
 from mimscale.training.checkpoint import owners
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
-from mimscale.training.metrics import flops_per_image
-from mimscale.training.metrics_log import duration
+from mimscale.training.metrics import duration
 from mimscale.training.planning.counting import activation_bytes, parameter_sizes
+from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.recipe import Recipe, RecipeError, Schedule, load_recipe
 from mimscale.training.schedule import decay_step, learning_rate
 

@@ -3,10 +3,11 @@
 import json
 import socket
 
+import numpy as np
 import pytest
 from training_runs import ROOT, TINY, losses, records
 
-from mimscale.data.draws import draw_key
+from mimscale.data.draws import draw_keys
 from mimscale.training.checkpoint import Checkpoint, remove_after
 from mimscale.training.errors import CheckpointError, TrainingError
 from mimscale.training.faults import spikes
@@ -32,7 +33,7 @@ def train(shards, alone, tmp_path, monkeypatch):
 
     def start(name, config, *overrides, bad=None):
         recipe = load_recipe(ROOT / "launchers/recipes/demo.yaml", [*SHORT, f"data.shards={shards}", *overrides])
-        spoilt = None if bad is None else draw_key(recipe.train.seed, (bad - 1) * BATCH)
+        spoilt = None if bad is None else draw_keys(recipe.train.seed, np.array([(bad - 1) * BATCH])).item()
         plain = MIMModule.forward
 
         def forward(self, images, mask, draw_keys=None):

@@ -35,7 +35,7 @@ from mimscale.transfer.classification.labels import ClassCounts
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.scores import Predictions
 from mimscale.transfer.classification.task import Classification
-from mimscale.transfer.load import FinetunedRun
+from mimscale.transfer.load import load_run
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.task import finetune
 
@@ -118,7 +118,7 @@ def test_the_average_is_that_of_the_weights_after_each_update(runs: Path):
 
 def by_hand(run: Path, shards: str) -> Predictions:
     """One image after the other through the averaged weights, by no part of the evaluation."""
-    finetuned = FinetunedRun.open(str(run))
+    finetuned = load_run(str(run))
     module, index = finetuned.module(), ShardIndex.load(shards)
     data = finetuned.recipe.data
     samples = index.samples("val")

@@ -19,9 +19,9 @@ from mimscale.data import DamagedSample, ShardError
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RecipeError
+from mimscale.training.task import PlainEvaluator
 from mimscale.transfer.dense.stream import DenseStream
 from mimscale.transfer.dense.sync_batch_norm import SyncedBatchNorm2d
-from mimscale.transfer.load import Standing
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.segmentation.images import SegmentationImages, distort, windows
 from mimscale.transfer.segmentation.label_maps import LabelPictures, read_classes
@@ -152,7 +152,7 @@ def test_it_learns(alone, scenes, tmp_path):
     recipe = load_finetune_recipe(RECIPE, [*SMALL, *longer, *still, *where(scenes)])
     task = Segmentation(recipe)
     torch.manual_seed(0)
-    task.validate(Standing(task.build(), ONE, 1), 0)
+    task.validate(PlainEvaluator(task.build(), 1, ONE), 0)
     untrained = objects_iou(task.result([]))
     result = finetune(recipe, {}, str(tmp_path / "run"))
     assert result["iou"]["photograph"] > 80

@@ -32,6 +32,7 @@ from mimscale.data.errors import ShardError
 from mimscale.data.shards.index import ShardIndex
 from mimscale.data.shards.store import PIXELS
 from mimscale.data.stream import augment
+from mimscale.data.stream.crops import CropSpec
 from mimscale.data.stream.mim import MIMStream
 
 SIZE = 192
@@ -110,7 +111,7 @@ def quality(index: ShardIndex, count: int = 64) -> tuple[float, float]:
     Returns:
         The mean over images, and the least.
     """
-    stream = MIMStream(index, index.largest_fraction, image_size=SIZE, global_batch=count, flip=0.0)
+    stream = MIMStream(index, index.largest_fraction, image_size=SIZE, global_batch=count, crops=CropSpec(flip=0.0))
     batch = stream.batch(0)
     numbers = draws.uniforms(0, draws.CROP, np.arange(count), augment.DRAWS_PER_CROP)
     found = []

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.mim import SimMIM, hidden_patches, local_normalise
 from mimscale.models.factory import create_encoder
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.training.planning.throughput import count_flops
 
 LEARNING_RATE = 4e-4
 
@@ -118,11 +118,10 @@ def step_flops(model: nn.Module, batch: int, image: int) -> float:
     """Count the floating-point operations of forward and backward for a batch, by the products alone."""
     images, mask = _inputs(batch, image, torch.device("cpu"))
     model.eval()  # so that nothing is left out by drop path
-    with FlopCounterMode(display=False) as counter:
-        model(images, mask).loss.backward()
+    flops = count_flops(lambda: model(images, mask).loss.backward())
     model.train()
     model.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    return float(flops)
 
 
 def bench_step(arguments: argparse.Namespace) -> dict[str, float]:

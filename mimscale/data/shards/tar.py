@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 512
@@ -179,14 +178,3 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
         position = payload + size + padding(size)
     # Archives without the two empty blocks at the end exist and are readable; one that stops inside a member is not
     # reached here.
-
-
-def walk_file(path: Path) -> Iterator[Member]:
-    """Every member of the archive ``path``; see :func:`walk`.
-
-    Raises:
-        TarError: damage.
-        OSError: the file cannot be read.
-    """
-    with path.open("rb", buffering=0) as file:
-        yield from walk(file, 0, os.fstat(file.fileno()).st_size, str(path))

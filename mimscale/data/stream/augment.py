@@ -46,7 +46,7 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-_RESIZES = {
+RESIZES = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
@@ -68,7 +68,7 @@ def resize_into(images: torch.Tensor, pixels: np.ndarray, interpolation: str) ->
         images.copy_(source)
     else:
         # What ``torch.nn.functional.interpolate(antialias=True)`` calls; the call itself costs a tenth of the work.
-        _RESIZES[interpolation](source, size, False, out=images)
+        RESIZES[interpolation](source, size, False, out=images)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> torch.Tensor:
@@ -80,6 +80,11 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> tor
     images = torch.empty((1, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     resize_into(images, pixels, interpolation)
     return images[0]
+
+
+def shorter_side(image_size: int, resize_shorter: int | None = None) -> int:
+    """What evaluation resizes an image's shorter side to before it cuts the centre: 256 for 224, unless told otherwise."""
+    return resize_shorter or round(image_size / 0.875)
 
 
 def resize_and_centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str) -> torch.Tensor:

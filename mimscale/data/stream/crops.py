@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from mimscale.data.shards.store import PIXELS
 from mimscale.data.stream import augment
 from mimscale.data.stream.nvimgcodec import CropDecoder
 from mimscale.data.stream.order import SampleOrder
-from mimscale.data.stream.workers import batches
+from mimscale.data.stream.workers import batches, watched
 
 LIBJPEG_TURBO, NVIMGCODEC = "libjpeg-turbo", "nvimgcodec"
 
@@ -61,97 +62,119 @@ def decode_sample(index: ShardIndex, sample: int, memory: decode.PixelMemory | N
     return decode.decode_pixels(data) if index.content.store == PIXELS else decode.decode_rgb(data, memory)
 
 
-class CropArguments(TypedDict, total=False):
-    """Arguments of :class:`CropStream` that its kinds pass on."""
+class Batch:
+    """What the batches of all streams can do."""
 
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    interpolation: str
-    max_damaged: int
-    stop_step: int | None
-    shuffle: str
-    window: int
-    decoder: str
-    device: str
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, for copies that do not wait."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.pin_memory())
+        return self
 
 
+@dataclass(frozen=True)
+class CropSpec:
+    """What a training crop is, and who decodes it.
+
+    Attributes:
+        image_size: side of the crops, pixels.
+        crop_scale: area of a crop as a share of the image, least and most.
+        crop_ratio: width / height of a crop, least and most.
+        flip: chance of a mirror image.
+        interpolation: "bilinear" or "bicubic", antialiased.
+        decoder: "libjpeg-turbo", or "nvimgcodec" for a GPU's JPEG engine.
+        device: where nvimgcodec decodes and the images are to lie; other than "cpu" only with no worker processes.
+
+    Raises:
+        ValueError: another kind of interpolation or decoder, or a device that goes with neither.
+    """
+
+    image_size: int = 192
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    interpolation: str = "bilinear"
+    decoder: str = LIBJPEG_TURBO
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in augment.RESIZES:
+            raise ValueError(f"interpolation={self.interpolation!r} must be {' or '.join(map(repr, augment.RESIZES))}")
+        if self.decoder not in (LIBJPEG_TURBO, NVIMGCODEC):
+            raise ValueError(f"decoder={self.decoder!r} must be {LIBJPEG_TURBO!r} or {NVIMGCODEC!r}")
+        if self.device != "cpu" and self.decoder != NVIMGCODEC:
+            raise ValueError(_device_error(self.device))
+
+    @classmethod
+    def of(cls, settings: Any, **changes: Any) -> CropSpec:
+        """The spec whose values are attributes of ``settings``, such as a recipe's data section; defaults for the others."""
+        found = {key.name: getattr(settings, key.name) for key in fields(cls) if hasattr(settings, key.name)}
+        return cls(**{**found, **changes})
+
+
+def _device_error(device: str) -> str:
+    return f"device={device!r} goes with decoder={NVIMGCODEC!r} and workers=0: the rank itself decodes there"
+
+
+@dataclass(eq=False, repr=False)
 class CropStream(ABC):
     """Random crops of one fraction: a rank's share of one global batch a step, for ever or up to ``stop_step``.
 
     The crop and flip of a sample are keyed to its position in the run. So the pixels at a position do not depend on
     rank, world size, worker count or where the run was resumed. A kind of stream defines :meth:`batch`.
 
-    Args:
+    Attributes:
         index: the shard folder.
         fraction: which of its fractions.
         seed: keys the order and every draw.
-        image_size: side of the crops, pixels.
+        image_size: side of the crops, pixels; ``None`` for that of ``crops``.
         global_batch: samples a step over all ranks.
         rank: whose share.
         world_size: how many ranks.
         start_step: first step to give.
         workers: processes that read ahead; 0 reads in this one. Does not change the batches.
-        crop_scale: area of a crop as a share of the image, least and most.
-        crop_ratio: width / height of a crop, least and most.
-        flip: chance of a mirror image.
-        interpolation: "bilinear" or "bicubic", antialiased.
-        max_damaged: how many distinct damaged samples to pass over before giving up.
+        crops: what a crop is.
         stop_step: end before this step.
+        max_damaged: how many distinct damaged samples to pass over before giving up.
         shuffle: "full" or "window", see :class:`SampleOrder`.
         window: shards that a window shuffle mixes.
-        decoder: "libjpeg-turbo", or "nvimgcodec" for a GPU's JPEG engine.
-        device: where nvimgcodec decodes and the images are to lie; other than "cpu" only with ``workers=0``.
 
     Raises:
         ValueError: a batch that does not divide, or a rank outside the world.
         ShardError: no such fraction; while iterating, more damaged samples than ``max_damaged``.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        fraction: str,
-        seed: int,
-        image_size: int,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        start_step: int,
-        workers: int,
-        *,
-        crop_scale: tuple[float, float] = (0.67, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        interpolation: str = "bilinear",
-        max_damaged: int = 100,
-        stop_step: int | None = None,
-        shuffle: str = "full",
-        window: int = 16,
-        decoder: str = LIBJPEG_TURBO,
-        device: str = "cpu",
-    ):
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks")
-        if global_batch < 1 or global_batch % world_size:
-            raise ValueError(f"global_batch={global_batch} does not divide over world_size={world_size} ranks")
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"interpolation={interpolation!r} must be 'bilinear' or 'bicubic'")
-        self.index, self.seed, self.image_size = index, seed, image_size
-        self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
-        self.start_step, self.stop_step, self.workers = start_step, stop_step, workers
-        self.crop_scale, self.crop_ratio, self.flip, self.interpolation = crop_scale, crop_ratio, flip, interpolation
-        if decoder not in (LIBJPEG_TURBO, NVIMGCODEC):
-            raise ValueError(f"decoder={decoder!r} must be {LIBJPEG_TURBO!r} or {NVIMGCODEC!r}")
-        if device != "cpu" and (decoder != NVIMGCODEC or workers):
+    index: ShardIndex
+    fraction: str = "100"
+    seed: int = 0
+    image_size: int | None = None
+    global_batch: int = 64
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    workers: int = 0
+    _: KW_ONLY
+    crops: CropSpec = CropSpec()
+    stop_step: int | None = None
+    max_damaged: int = 100
+    shuffle: str = "full"
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} is not one of world_size={self.world_size} ranks")
+        if self.global_batch < 1 or self.global_batch % self.world_size:
             raise ValueError(
-                f"device={device!r} goes with decoder={NVIMGCODEC!r} and workers=0: the rank itself decodes there"
+                f"global_batch={self.global_batch} does not divide over world_size={self.world_size} ranks"
             )
-        self.decoder, self.device = decoder, device
+        if self.image_size is not None:
+            self.crops = replace(self.crops, image_size=self.image_size)
+        if self.crops.device != "cpu" and self.workers:
+            raise ValueError(_device_error(self.crops.device))
         self._on_device: CropDecoder | None = None
-        self.max_damaged = max_damaged
         self._memory = decode.PixelMemory()
-        self.order = SampleOrder(index, fraction, seed, shuffle=shuffle, window=window)
+        self.order = SampleOrder(self.index, self.fraction, self.seed, shuffle=self.shuffle, window=self.window)
 
     @abstractmethod
     def batch(self, step: int) -> Any:
@@ -160,7 +183,7 @@ class CropStream(ABC):
     def __getitem__(self, step: int) -> Any:
         return self.batch(step)
 
-    def crops(self, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[tuple[str, str]]]:
+    def cut(self, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[tuple[str, str]]]:
         """The augmented images at positions of the run.
 
         Returns:
@@ -169,21 +192,22 @@ class CropStream(ABC):
         Raises:
             ShardError: a sample is damaged and so are the ``max_damaged`` after it, or a tar cannot be opened.
         """
+        spec = self.crops
         samples = self.order.at(positions)
         numbers = draws.uniforms(self.seed, draws.CROP, positions, augment.DRAWS_PER_CROP)
-        flips = draws.uniforms(self.seed, draws.FLIP, positions, 1)[:, 0] < self.flip
-        images = empty_images(len(positions), self.image_size).to(self.device)
+        flips = draws.uniforms(self.seed, draws.FLIP, positions, 1)[:, 0] < spec.flip
+        images = empty_images(len(positions), spec.image_size).to(spec.device)
         skipped: list[tuple[str, str]] = []
-        done = self._decode_on_device(samples, numbers, flips, images) if self.decoder == NVIMGCODEC else set()
+        done = self._decode_on_device(samples, numbers, flips, images) if spec.decoder == NVIMGCODEC else set()
         # One image at a time, each still a batch of one: that is what the resize takes.
         for row, place in enumerate(images.split(1)):
             if row in done:
                 continue
             samples[row], pixels = self._decode_or_next(int(samples[row]), skipped)
             height, width, _ = pixels.shape
-            top, left, h, w = augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio)
-            image = place if self.device == "cpu" else empty_images(1, self.image_size)
-            augment.resize_into(image, pixels[top : top + h, left : left + w], self.interpolation)
+            top, left, h, w = augment.crop_box(numbers[row], height, width, spec.crop_scale, spec.crop_ratio)
+            image = place if spec.device == "cpu" else empty_images(1, spec.image_size)
+            augment.resize_into(image, pixels[top : top + h, left : left + w], spec.interpolation)
             if flips[row] or image is not place:
                 place.copy_(image.flip(-1) if flips[row] else image)
         return images, samples, skipped
@@ -192,8 +216,9 @@ class CropStream(ABC):
         self, samples: np.ndarray, numbers: np.ndarray, flips: np.ndarray, images: torch.Tensor
     ) -> set[int]:
         """Fill the rows of ``images`` whose samples nvImageCodec decodes; returns these rows. The rest goes the usual way."""
+        spec = self.crops
         if self._on_device is None:
-            self._on_device = CropDecoder(self.device)
+            self._on_device = CropDecoder(spec.device)
         rows, files, boxes = [], [], []
         for row, sample in enumerate(samples.tolist()):
             try:
@@ -203,8 +228,8 @@ class CropStream(ABC):
                 continue
             rows.append(row)
             files.append(data)
-            boxes.append(augment.crop_box(numbers[row], height, width, self.crop_scale, self.crop_ratio))
-        decoded = self._on_device.crops(files, boxes, self.image_size, self.interpolation)
+            boxes.append(augment.crop_box(numbers[row], height, width, spec.crop_scale, spec.crop_ratio))
+        decoded = self._on_device.crops(files, boxes, spec.image_size, spec.interpolation)
         for row, image in zip(rows, decoded, strict=True):
             if image is not None:
                 images[row] = image.flip(-1) if flips[row] else image
@@ -241,16 +266,13 @@ class CropStream(ABC):
         return np.unique(self.index.shard_numbers(self.order.at(self.positions(step)))).tolist()
 
     def __iter__(self) -> Iterator[Any]:
-        damaged: dict[str, str] = {}
         ahead = FetchAhead(self.index.fetch, self._shards_of, self.start_step, self.stop_step)
         try:
-            for batch in batches(self, self.start_step, self.stop_step, self.workers):
+            made = batches(self, self.start_step, self.stop_step, self.workers)
+            for batch in watched(made, self.max_damaged, too_many):
                 if self.index.cache is not None:
                     # Not before the first batch: by then the workers are forked, and no thread of ours holds a lock.
                     ahead.reached(batch.step)
-                damaged.update(batch.skipped)
-                if len(damaged) > self.max_damaged:
-                    raise too_many(damaged, self.max_damaged)
                 yield batch
         finally:
             ahead.end()

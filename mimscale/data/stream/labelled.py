@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from mimscale.data.decode import PixelMemory
 from mimscale.data.errors import DamagedSample
 from mimscale.data.shards.index import ShardIndex
 from mimscale.data.stream import augment
-from mimscale.data.stream.crops import CropArguments, CropStream, decode_sample, empty_images, too_many
-from mimscale.data.stream.workers import batches
+from mimscale.data.stream.crops import Batch, CropSpec, CropStream, decode_sample, empty_images, too_many
+from mimscale.data.stream.order import evenly_spread
+from mimscale.data.stream.workers import batches, watched
 
 
 @dataclass
-class LabelledBatch:
+class LabelledBatch(Batch):
     """One rank's share of one global batch.
 
     Attributes:
@@ -30,7 +31,7 @@ class LabelledBatch:
         images: uint8 (b, 3, S, S), channels innermost in memory.
         labels: int64 (b,); -1 for an image without one.
         keys: the samples' keys.
-        positions: int64 (b,), ``step * global_batch + i``.
+        positions: int64 (b,), ``step * global_batch + i``; in evaluation, the image's place in its fraction.
         draw_keys: int64 (b,), non-negative; what erasing, mixing and drop path key their draws to.
         valid: bool (b,); False where an evaluation batch was filled up, or the image is damaged.
         skipped: (key, reason) of the damaged samples met on the way.
@@ -44,12 +45,6 @@ class LabelledBatch:
     draw_keys: torch.Tensor
     valid: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> LabelledBatch:
-        """The same batch in page-locked memory, for copies that do not wait."""
-        for name in ("images", "labels", "positions", "draw_keys", "valid"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
 
 
 @contextmanager
@@ -67,14 +62,15 @@ def drawing_from(key: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+@dataclass(eq=False, repr=False)
 class LabelledStream(CropStream):
     """Random-resized crops, flips and timm's rand-augment, with labels, for ever or up to ``stop_step``.
 
     Everything is keyed to the sample's position in the run, rand-augment's draws included, so batches are the same at
-    any world size and worker count. Arguments not listed are those of :class:`CropStream`; crops are of 8 to 100 % of
-    the image and bicubic unless told otherwise.
+    any world size and worker count. Attributes not listed are those of :class:`CropStream`; crops are of 224 pixels, of 8
+    to 100 % of the image and bicubic unless told otherwise.
 
-    Args:
+    Attributes:
         rand_augment: timm's description, such as "rand-m9-mstd0.5-inc1"; None for none.
 
     Raises:
@@ -82,26 +78,12 @@ class LabelledStream(CropStream):
         ShardError: no such fraction; while iterating, more damaged samples than ``max_damaged``.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        fraction: str = "100",
-        seed: int = 0,
-        image_size: int = 224,
-        global_batch: int = 64,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        workers: int = 0,
-        *,
-        rand_augment: str | None = "rand-m9-mstd0.5-inc1",
-        **crops: Unpack[CropArguments],
-    ):
-        crops = {"crop_scale": (0.08, 1.0), "interpolation": "bicubic", **crops}
-        super().__init__(
-            index, fraction, seed, image_size, global_batch, rank, world_size, start_step, workers, **crops
-        )  # fmt: skip
-        self._augment = _rand_augment(rand_augment, image_size) if rand_augment else None
+    crops: CropSpec = field(default=CropSpec(224, (0.08, 1.0), interpolation="bicubic"), kw_only=True)
+    rand_augment: str | None = field(default="rand-m9-mstd0.5-inc1", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._augment = _rand_augment(self.rand_augment, self.crops.image_size) if self.rand_augment else None
 
     def batch(self, step: int) -> LabelledBatch:
         """The rank's share of global batch ``step``: a pure function.
@@ -110,7 +92,7 @@ class LabelledStream(CropStream):
             ShardError: a sample is damaged and so are the ``max_damaged`` after it, or a tar cannot be opened.
         """
         positions = self.positions(step)
-        images, samples, skipped = self.crops(positions)
+        images, samples, skipped = self.cut(positions)
         keys = draws.draw_keys(self.seed, positions)
         if self._augment is not None:
             for row, key in enumerate(keys.tolist()):
@@ -181,6 +163,7 @@ class EvaluationStream:
         interpolation: "bilinear" or "bicubic", antialiased.
         max_damaged: how many damaged images to pass over before giving up.
         seed: keys the ``draw_keys``.
+        limit: take so many images, evenly spread over all; ``None`` takes all. An image keeps its position among all.
 
     Raises:
         ShardError: no such fraction; while iterating, more damaged images than ``max_damaged``.
@@ -201,6 +184,7 @@ class EvaluationStream:
         interpolation: str = "bicubic",
         max_damaged: int = 100,
         seed: int = 0,
+        limit: int | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size={batch_size}, rank={rank} and world_size={world_size} do not go together")
@@ -211,9 +195,11 @@ class EvaluationStream:
             rank,
             world_size,
         )
-        self.resize_shorter = resize_shorter or round(image_size / 0.875)
+        self.resize_shorter = augment.shorter_side(image_size, resize_shorter)
         self.workers, self.interpolation, self.max_damaged, self.seed = workers, interpolation, max_damaged, seed
-        self.samples = index.samples(fraction)
+        samples = index.samples(fraction)
+        self.places = evenly_spread(len(samples), limit)
+        self.samples = samples[self.places]
         self._memory = PixelMemory()
 
     def __len__(self) -> int:
@@ -223,10 +209,11 @@ class EvaluationStream:
     def __getitem__(self, step: int) -> LabelledBatch:
         """The rank's share of batch ``step``."""
         first = (step * self.world_size + self.rank) * self.batch_size
-        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        turns = np.arange(first, first + self.batch_size, dtype=np.int64)
         images = empty_images(self.batch_size, self.image_size).zero_()
-        valid = positions < len(self.samples)
-        samples = self.samples[np.minimum(positions, len(self.samples) - 1)]
+        valid = turns < len(self.samples)
+        last = np.minimum(turns, len(self.samples) - 1)
+        samples, positions = self.samples[last], np.where(valid, self.places[last], turns)
         skipped = []
         for row in np.flatnonzero(valid):
             try:
@@ -250,9 +237,4 @@ class EvaluationStream:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        damaged: dict[str, str] = {}
-        for batch in batches(self, 0, len(self), self.workers):
-            damaged.update(batch.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(damaged, self.max_damaged)
-            yield batch
+        return watched(batches(self, 0, len(self), self.workers), self.max_damaged, too_many)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Unpack
 
 import torch
 
 from mimscale.data import draws
-from mimscale.data.shards.index import ShardIndex
-from mimscale.data.stream.crops import CropArguments, CropStream
+from mimscale.data.stream.crops import Batch, CropStream
 
 PATCH = 32
 MASK_RATIO = 0.6
 
 
 @dataclass
-class MIMBatch:
+class MIMBatch(Batch):
     """One rank's share of one global batch.
 
     Attributes:
@@ -38,12 +36,6 @@ class MIMBatch:
     draw_keys: torch.Tensor
     valid: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> MIMBatch:
-        """The same batch in page-locked memory, for copies that do not wait."""
-        for name in ("images", "mask", "positions", "draw_keys", "valid"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
 
 
 def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tuple[int, int]:
@@ -67,13 +59,14 @@ def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tu
     return mask_grid, hidden
 
 
+@dataclass(eq=False, repr=False)
 class MIMStream(CropStream):
     """Iterates over a run's masked batches, one a step, for ever or up to ``stop_step``.
 
-    Masks are keyed to a sample's position in the run, as its crop is. Arguments not listed are those of
+    Masks are keyed to a sample's position in the run, as its crop is. Attributes not listed are those of
     :class:`CropStream`; crops are SimMIM's unless told otherwise.
 
-    Args:
+    Attributes:
         mask_grid: cells a side; default image_size / 32.
         hidden: hidden cells of each image; default 60 %, rounded up.
 
@@ -82,26 +75,13 @@ class MIMStream(CropStream):
         ShardError: no such fraction; while iterating, more damaged samples than ``max_damaged``.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        fraction: str = "10",
-        seed: int = 0,
-        image_size: int = 192,
-        global_batch: int = 64,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        workers: int = 0,
-        *,
-        mask_grid: int | None = None,
-        hidden: int | None = None,
-        **crops: Unpack[CropArguments],
-    ):
-        super().__init__(
-            index, fraction, seed, image_size, global_batch, rank, world_size, start_step, workers, **crops
-        )  # fmt: skip
-        self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
+    fraction: str = "10"
+    mask_grid: int | None = field(default=None, kw_only=True)
+    hidden: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._mask = mask_shape(self.crops.image_size, self.mask_grid, self.hidden)
 
     def batch(self, step: int) -> MIMBatch:
         """The rank's share of global batch ``step``: a pure function.
@@ -110,11 +90,11 @@ class MIMStream(CropStream):
             ShardError: a sample is damaged and so are the ``max_damaged`` after it, or a tar cannot be opened.
         """
         positions = self.positions(step)
-        images, samples, skipped = self.crops(positions)
+        images, samples, skipped = self.cut(positions)
         return MIMBatch(
             step,
             images,
-            torch.from_numpy(draws.hidden_masks(self.seed, positions, self.mask_grid, self.hidden)),
+            torch.from_numpy(draws.hidden_masks(self.seed, positions, *self._mask)),
             self.index.keys(samples),
             torch.from_numpy(positions),
             torch.from_numpy(draws.draw_keys(self.seed, positions)),

@@ -79,3 +79,9 @@ class SampleOrder:
     def batch(self, step: int, global_batch: int) -> list[str]:
         """The sample keys of a global batch."""
         return self.index.keys(self.indices(step, global_batch))
+
+
+def evenly_spread(total: int, limit: int | None) -> np.ndarray:
+    """Which of ``total`` things to take for ``limit`` of them, evenly spread; all for ``None``. int64, ascending."""
+    count = total if limit is None else min(limit, total)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)

@@ -29,8 +29,8 @@ class ValidationStream(EvaluationStream):
         mask_grid: cells a side; default image_size / 32.
         hidden: hidden cells of each image; default 60 %, rounded up.
         workers: processes that read ahead; 0 reads in this one.
-        interpolation: "bilinear" or "bicubic", antialiased.
         max_damaged: how many damaged images to pass over before giving up.
+        limit: take so many images, evenly spread over all; ``None`` takes all. Each keeps its mask.
 
     Raises:
         ShardError: no split "val"; while iterating, more damaged images than ``max_damaged``.
@@ -49,8 +49,8 @@ class ValidationStream(EvaluationStream):
         mask_grid: int | None = None,
         hidden: int | None = None,
         workers: int = 0,
-        interpolation: str = "bilinear",
         max_damaged: int = 100,
+        limit: int | None = None,
     ):
         super().__init__(
             index,
@@ -61,9 +61,10 @@ class ValidationStream(EvaluationStream):
             world_size,
             resize_shorter=image_size,
             workers=workers,
-            interpolation=interpolation,
+            interpolation="bilinear",
             max_damaged=max_damaged,
             seed=seed,
+            limit=limit,
         )
         self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
@@ -29,6 +30,13 @@ class Steps(Protocol):
         ...
 
 
+class _Skips(Protocol):
+    skipped: list[tuple[str, str]]
+
+
+Made = TypeVar("Made", bound=_Skips)
+
+
 class _StepNumbers(Sampler):
     def __init__(self, start: int, stop: int | None):
         self.start, self.stop = start, stop
@@ -37,7 +45,7 @@ class _StepNumbers(Sampler):
         return iter(itertools.count(self.start) if self.stop is None else range(self.start, self.stop))
 
 
-def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterable[Any]:
+def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generator[Any, None, None]:
     """``steps[start]``, ``steps[start + 1]``, ... up to ``stop``, made by ``workers`` processes (0: by this one).
 
     The processes end when the iterator is closed or collected.
@@ -84,6 +92,23 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Iterabl
         # running.
         iterator._shutdown_workers()
         del iterator
+
+
+def watched(
+    made: Generator[Made, None, None], limit: int, error: Callable[[dict[str, str], int], ShardError]
+) -> Generator[Made, None, None]:
+    """Batches, each with the (key, reason) of what it ``skipped``, until more than ``limit`` samples were.
+
+    Raises:
+        ShardError: ``error(damaged, limit)``, ``damaged`` being the reason for each key.
+    """
+    damaged: dict[str, str] = {}
+    with closing(made):  # a traceback would keep it, and its processes, for as long as it is looked at
+        for batch in made:
+            damaged.update(batch.skipped)
+            if len(damaged) > limit:
+                raise error(damaged, limit)
+            yield batch
 
 
 def _one_ended(workers: list[BaseProcess]) -> bool:

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mimscale.models.factory import create_encoder
+from mimscale.models.preprocessing import Preprocessing
 from mimscale.models.swin_v2 import SwinTransformerV2
 from mimscale.models.vit import VisionTransformer
 from mimscale.models.weights import KINDS
-from mimscale.models.weights.released import load_released
+from mimscale.models.weights.released import all_weights, load_state, read_checkpoint, saved_buffers
 
-SETTINGS_KEY = "mimscale.encoder"
+SETTINGS_KEY, IMAGES_KEY = "mimscale.encoder", "mimscale.images"
 Read = Callable[[str], torch.Tensor]
 
 
@@ -195,8 +197,8 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
     """Write a model's weights.
 
     Args:
-        model: SimMIM or MAE, which may be on the meta device if ``read`` is given.
-        kind: one of ``KINDS``.
+        model: SimMIM or MAE, or what was fine-tuned, with its ``encoder``; may be on the meta device if ``read`` is given.
+        kind: one of ``KINDS``; "safetensors" takes the encoder alone, with its classifier where it has one.
         output: a file, or for "huggingface" a folder.
         read: gives a parameter by name; by default the model's own.
 
@@ -207,14 +209,19 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
         ExportError: an unknown kind, or one that cannot hold this model.
         OSError: a file cannot be written.
     """
-    parameters = dict(model.named_parameters())
+    parameters = all_weights(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     read = read or parameters.__getitem__
     names = list(parameters)
     if kind == "safetensors":
         settings = {SETTINGS_KEY: json.dumps(model.encoder.made_from), "format": "pt"}
+        images = getattr(model.encoder, "preprocessing", None)
+        if images is not None:
+            settings[IMAGES_KEY] = json.dumps(asdict(images))
         write_safetensors(output, encoder_parts(names), shapes, read, settings)
         return [output]
+    if kind in KINDS and not hasattr(model, "reconstruct"):
+        raise ExportError(f"--to {kind} is for a pre-training; a fine-tuned encoder goes --to safetensors")
     if kind == "timm":
         write_safetensors(output, timm_parts(model, names), shapes, read, {"format": "pt"})
         return [output]
@@ -235,11 +242,18 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
 def exported_settings(path: str | Path) -> dict[str, Any] | None:
     """Read from a file of ``mimscale export RUN --to safetensors`` what makes its encoder; ``None`` for other files."""
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})[SETTINGS_KEY])
+        return _settings(_metadata(path)[SETTINGS_KEY])
     except (OSError, SafetensorError, KeyError):
         return None
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _settings(text: str) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
 
 
 def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
@@ -258,8 +272,8 @@ def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransf
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})[SETTINGS_KEY])
+        metadata = _metadata(path)
+        settings = _settings(metadata[SETTINGS_KEY])
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
     except KeyError:
@@ -267,16 +281,56 @@ def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransf
             f"{path} does not say which encoder it holds: it was not written by mimscale export --to safetensors; "
             "make the encoder with create_encoder and use load_released"
         ) from None
-    settings.update(overrides)
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    if settings.get("num_classes"):  # the file may lack the classifier, which then keeps its starting values
-        encoder = create_encoder(**settings)
+    said = metadata.get(IMAGES_KEY)
+    images = Preprocessing.from_json(json.loads(said)) if said else None
+    return remade(settings, overrides, read_checkpoint(path), str(path), images)
+
+
+def remade(
+    settings: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    images: Preprocessing | None,
+) -> Any:
+    """Make an encoder again from its weights, perhaps with other settings.
+
+    Args:
+        settings: arguments of ``create_encoder``.
+        overrides: of them. Its classifier stays behind, unless ``num_classes`` is the number that it has.
+        state: weights in the names of the models here.
+        source: of the weights, for the error.
+        images: how its images are made, if that is known.
+
+    Returns:
+        The encoder in eval mode on the CPU.
+
+    Raises:
+        ValueError: overrides that the weights do not fit.
+    """
+    asked, had = overrides.get("num_classes"), settings.get("num_classes")
+    kept = {**settings, **overrides}
+    if asked is None or asked == had:
+        kept["num_classes"] = had
     else:
-        with torch.device("meta"):
-            encoder = create_encoder(**settings)
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    with torch.device("meta"):
+        encoder: Any = create_encoder(**kept)
+    if kept["num_classes"] or len(list(encoder.buffers())) > len(saved_buffers(encoder)):
+        encoder = create_encoder(**kept)  # a new classifier keeps its starting values, and tables are worked out
+    else:
         encoder.to_empty(device="cpu")
-    load_released(encoder, path)
-    return encoder.eval()
+    load_state(encoder, state, source)
+    if images is not None:
+        encoder.preprocessing = images.at(encoder.img_size[0]) if "img_size" in overrides else images
+    return encoder.eval() if asked else without_head(encoder.eval())
+
+
+def without_head(encoder: Any) -> Any:
+    """Take an encoder's classifier away, so that it gives what went into it; a ViT's pooling norm belongs to that."""
+    if encoder.num_classes:
+        encoder.head, encoder.num_classes = torch.nn.Identity(), 0
+    return encoder
 
 
 def usage(kind: str, output: Path, encoder: Any) -> str:

@@ -68,6 +68,17 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
 
 
+def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a module learns outside its parameters (a batch norm's running statistics), by name; alike on all ranks."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
+
+
+def all_weights(module: nn.Module) -> dict[str, Any]:
+    """Parameters and saved buffers, by name."""
+    return dict(module.named_parameters()) | saved_buffers(module)
+
+
 def released_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give stored weights the names of the models here: tables left out, older spellings replaced."""
     named = {}
@@ -96,7 +107,7 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], source
     Raises:
         CheckpointMismatch: listing the names that are missing, not wanted, or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters = all_weights(model)
     # A parameter that ZeRO-3 has partitioned shows its real shape under another name.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     renamed: Any = getattr(model, "from_released", dict)
@@ -182,8 +193,15 @@ def load_released(model: nn.Module, path: str | Path, gather: Gather | None = No
         ValueError: not a file of weights.
         CheckpointMismatch: (a ValueError) listing all that does not fit.
     """
-    matched = match_checkpoint(model, released_names(read_checkpoint(path)), str(path))
-    parameters = dict(model.named_parameters())
+    return load_state(model, released_names(read_checkpoint(path)), str(path), gather)
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], source: str, gather: Gather | None = None
+) -> list[str]:
+    """Load weights in the names of the models here, as :func:`load_released` does; ``source`` is theirs, for the error."""
+    matched = match_checkpoint(model, state, source)
+    parameters = all_weights(model)
     with torch.no_grad():
         for name, value in matched.items():
             with gather([parameters[name]]) if gather else nullcontext():

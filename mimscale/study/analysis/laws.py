@@ -183,12 +183,6 @@ def correlation(found: Iterable[Cell], score: tuple[str, str], loss: str) -> Cor
     return Correlation(r, low, high, used, line.slope, line.intercept)
 
 
-def split(found: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """The cells that overfit and those that do not (Table 3)."""
-    verdicts = overfitting(found)
-    return [cell for cell, bad in verdicts.items() if bad], [cell for cell, bad in verdicts.items() if not bad]
-
-
 def full_dataset(found: Iterable[Cell]) -> str | None:
     """The dataset of Figure 6: the smallest share of its cells overfits, and it has the most cells, then the most images."""
     verdicts = overfitting(found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--d{number}" for number, colour in enumerate(PALETTE)
 }
 SMALLEST, LARGEST, CROSS = 4.0, 10.5, 5.0  # diameters of the circles, and of a published run's cross, in points
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+LONG_NUMBER = re.compile(r"(\d\.\d\d)\d+")
 LOOK: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -204,30 +207,47 @@ def svg(panel: Panel, name: str) -> str:
         panel.draw(canvas.subplots())
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', f'<svg viewBox="\\1" role="img" aria-labelledby="{name}-alt">', drawn
-    )
-    drawn = drawn.replace(">", f'><title id="{name}-alt">{escape(panel.alt)}</title>', 1)
-    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', drawn))
-    kept = {first or second for first, second in used}
-    drawn = re.sub(
-        r' id="([^"]+)"',
-        lambda found: f' id="{name}-{found[1]}"' if found[1] in kept else found[0] if found[1] == f"{name}-alt" else "",
-        drawn,
-    )
-    drawn = re.sub(r'xlink:href="#', f'href="#{name}-', drawn)
-    drawn = re.sub(r"url\(#", f"url(#{name}-", drawn)
-    # Named by the style attribute alone, as variables mean nothing in a presentation attribute.
-    drawn = re.sub(
-        r"#[0-9a-f]{6}", lambda found: f"var({VARIABLES[found[0]]})" if found[0] in VARIABLES else found[0], drawn
-    )
-    drawn = drawn.replace(" font-family: 'DejaVu Sans';", "").replace(' transform="rotate(-0 ', ' data-r="(')
-    drawn = re.sub(r' data-r="[^"]*"', "", drawn)
-    drawn = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), drawn)
-    return re.sub(r"\n\s*", "\n", drawn).strip()
+    drawn = ElementTree.fromstring(text.getvalue())
+    for metadata in drawn.findall(f"{SVG}metadata"):
+        drawn.remove(metadata)
+    _rename(drawn, name)
+    drawn.attrib = {"viewBox": drawn.attrib["viewBox"], "role": "img", "aria-labelledby": f"{name}-alt"}
+    title = ElementTree.Element("title", {"id": f"{name}-alt"})
+    title.text = panel.alt
+    drawn.insert(0, title)
+    lines = ElementTree.tostring(drawn, encoding="unicode").splitlines()
+    return "\n".join(line for line in map(str.lstrip, lines) if line)
+
+
+def _rename(drawn: ElementTree.Element, name: str) -> None:
+    """Fit matplotlib's SVG into a page: ids under ``name``, the page's colours and font, short numbers, no namespaces."""
+    elements = list(drawn.iter())
+    used = {
+        value[value.index("#") + 1 :].rstrip(")") for e in elements for value in e.attrib.values() if _refers(value)
+    }
+    for element in elements:
+        element.tag = element.tag.removeprefix(SVG)
+        kept = {key.removeprefix(XLINK): value for key, value in element.attrib.items()}
+        if kept.get("id") not in used:
+            kept.pop("id", None)
+        if kept.get("transform", "").startswith("rotate(-0 "):
+            del kept["transform"]
+        for key, value in kept.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif _refers(value):
+                value = value.replace("#", f"#{name}-")
+            elif key == "style":
+                value = value.replace(" font-family: 'DejaVu Sans';", "")
+                # Named by the style attribute alone, as variables mean nothing in a presentation attribute.
+                for colour, variable in VARIABLES.items():
+                    value = value.replace(colour, f"var({variable})")
+            kept[key] = LONG_NUMBER.sub(r"\1", value)
+        element.attrib = kept
+
+
+def _refers(value: str) -> bool:
+    return value.startswith(("#", "url(#"))
 
 
 def _swatch(colour: str, diameter: float, shape: Shape) -> str:

@@ -32,7 +32,7 @@ from mimscale.study.results.cells import Cell, length, title
 from mimscale.study.results.result import SCORES, Score, score_name
 
 LOSS = {"val_loss": "validation loss", "train_loss": "training loss"}
-OTHER_TASKS = (("coco", "ap_box"), ("coco", "ap_mask"), ("inat18", "top1"), ("ade20k", "miou"))  # as in Figure 3
+OTHER_TASKS = (("coco", "box_ap"), ("coco", "mask_ap"), ("inat18", "top1"), ("ade20k", "miou"))  # as in Figure 3
 LINES = ("-", "--", ":", "-.")
 
 

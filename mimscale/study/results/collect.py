@@ -11,13 +11,11 @@ from mimscale.models.sizes import SWIN_SIZES
 from mimscale.study.counts import sizes
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
-from mimscale.study.results.result import Point, Result, Status, write_json
+from mimscale.study.results.result import SCORES, Point, Result, Status, write_json
 from mimscale.study.spec import Study
-from mimscale.training.metrics_log import MetricsLog
+from mimscale.training.metrics import MetricsLog
 from mimscale.training.recipe import Recipe
 
-# A result's scores, by what they are called in a fine-tuning's last validation.
-SCORE_KEYS = {"val_top1": "top1", "val_box_ap": "ap_box", "val_mask_ap": "ap_mask", "val_miou": "miou"}
 CURVE_POINTS = 200
 
 
@@ -46,8 +44,7 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
     about: dict[str, Any] = {**_about(folder.study, origin, recipe), "task": job.task}
     if job.launcher == "finetune":
         about["start"] = origin.id
-        last = (found or {}).get("validation") or {}
-        about["scores"] = {score: last[key] for key, score in SCORE_KEYS.items() if key in last}
+        about["scores"] = _scores(found or {})
     elif found:
         last = found["validation"] or {}
         about |= {key: last.get(key) for key in ("val_loss", "val_loss_l1", "val_loss_l2")}
@@ -68,6 +65,15 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         note=record.note or record.verdict,
         **about,
     )
+
+
+def _scores(found: dict[str, Any]) -> dict[str, float]:
+    """Scores of a fine-tuning's ``result.json``: its task's own, and what else of the paper's scores it measured."""
+    if found.get("value") is None:
+        return {}
+    last = found["validation"]
+    others = {name: last[f"val_{name}"] for _, name in SCORES if f"val_{name}" in last}
+    return {found["metric"]: found["value"], **others}
 
 
 def _status(found: dict[str, Any] | None, record: Record, there: bool) -> Status:

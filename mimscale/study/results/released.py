@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mimscale.data import ShardError, ShardIndex
@@ -23,40 +21,27 @@ from mimscale.models.weights.released import read_checkpoint
 from mimscale.schema import resolve
 from mimscale.study.results.published import published
 from mimscale.study.results.release_names import read_name
-from mimscale.training.metrics_log import duration
-from mimscale.training.pretraining.module import MIMModule, build_objective
+from mimscale.training.metrics import duration
+from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import Validation, validate
 from mimscale.training.recipe import Recipe, load_recipe
+from mimscale.training.task import PlainEvaluator
 
 # Section 3.4, for a file that kept no position tables.
 WINDOW, IMAGE_SIZE = 12, 192
 
 
-@dataclass(frozen=True)
-class _Alone:
-    """One process, on the first GPU or the CPU."""
+class _Progress(PlainEvaluator):
+    """A model that says how many of its images are done."""
 
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    is_first: bool = True
-
-
-class PlainEvaluator:
-    """A model by itself, as :func:`mimscale.training.pretraining.validation.validate` wants it, saying how far it is."""
-
-    def __init__(self, objective: MIMModule, batch: int, images: int):
-        on_gpu = torch.cuda.is_available()
-        self.ranks = _Alone(torch.device("cuda" if on_gpu else "cpu"))
-        self.module: nn.Module = objective.eval().to(self.ranks.device)
-        self.micro = batch
+    def __init__(self, module: nn.Module, batch: int, images: int):
+        super().__init__(module, batch)
         self.images, self.done = images, 0
         self.started = self.said = time.monotonic()
 
     def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """Losses (l1, l2), each (B,), and the prediction."""
-        with torch.no_grad():
-            found = self.module(*(tensor.to(self.ranks.device) for tensor in batch))
+        found = super().evaluate(*batch)
         self.done = min(self.images, self.done + len(batch[0]))
         now = time.monotonic()
         if now - self.said > 5:
@@ -114,7 +99,7 @@ def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, bat
     images = min(len(index.samples("val")), recipe.data.validation_images or sys.maxsize)
     objective = build_objective(recipe, extra_norm_every)
     load_released(objective.model, path)
-    found = validate(PlainEvaluator(objective, batch, images), recipe, index)
+    found = validate(_Progress(objective, batch, images), recipe, index)
     if found is None:
         raise ShardError(f"{shards} has no validation image that can be read; see: mimscale shards verify {shards}")
     return found, sum(parameter.numel() for parameter in objective.encoder.parameters())

@@ -15,17 +15,17 @@ Point = tuple[int, float | None, float | None]
 Score = tuple[str, str]  # a task and one of its scores
 
 # Each fine-tuning task's score, larger is better, in percent (Section 3.5): (task, score) in the order of Table 3.
-SCORES = (("in1k", "top1"), ("inat18", "top1"), ("coco", "ap_box"), ("coco", "ap_mask"), ("ade20k", "miou"))
+SCORES = (("in1k", "top1"), ("inat18", "top1"), ("coco", "box_ap"), ("coco", "mask_ap"), ("ade20k", "miou"))
 SCORE_NAMES = {
     ("in1k", "top1"): "ImageNet-1K top-1",
     ("inat18", "top1"): "iNaturalist-18 top-1",
-    ("coco", "ap_box"): "COCO box AP",
-    ("coco", "ap_mask"): "COCO mask AP",
+    ("coco", "box_ap"): "COCO box AP",
+    ("coco", "mask_ap"): "COCO mask AP",
     ("ade20k", "miou"): "ADE20K mIoU",
 }
 
 TOP1: Score = ("in1k", "top1")
-_METRICS = {"top1": "top-1", "ap_box": "box AP", "ap_mask": "mask AP", "miou": "mIoU"}
+_METRICS = {"top1": "top-1", "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU"}
 
 
 def score_name(score: Score) -> str:
@@ -64,7 +64,7 @@ class Result:
         val_loss_l2: the same predictions' squared error.
         train_loss: at the end of training.
         task: of a fine-tuning: "in1k", "inat18", "coco" or "ade20k".
-        scores: of a fine-tuning, in percent: top1, ap_box, ap_mask, miou.
+        scores: of a fine-tuning, in percent, by the names of its task's figures: top1, box_ap, mask_ap, miou, ....
         start: of a fine-tuning, the pre-training cell it starts from.
         curve: points (step, training loss, validation loss), ``None`` where that loss was not measured.
         run: folder that the numbers came from; ``None`` for published results.

@@ -12,7 +12,7 @@ from mimscale.study.jobs import Job, descendants
 from mimscale.study.plan import job_flops
 from mimscale.study.results.cells import cells
 from mimscale.study.results.collect import curve, result_of
-from mimscale.training.metrics_log import MetricsLog
+from mimscale.training.metrics import MetricsLog
 from mimscale.training.schedule import decay_step
 
 

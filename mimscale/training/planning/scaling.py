@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from mimscale.schema import resolve
-from mimscale.training.metrics import flops_per_image
 from mimscale.training.planning.communication import Network, predict, step_time
 from mimscale.training.planning.counting import encoder_blocks
+from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.planning.zero import Load, plan_way
 from mimscale.training.recipe import Recipe
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.training.ds_config import reconcile, split_batch
-from mimscale.training.metrics_log import MetricsLog
+from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.memory import RankMemory, micro_batch_that_fits, plan_rank
 from mimscale.training.recipe import Recipe, RecipeError
 

@@ -10,21 +10,20 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from mimscale.data import MIMStream, ShardError, ShardIndex
+from mimscale.data import CropSpec, MIMStream, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
-from mimscale.training.errors import RankLocalError
+from mimscale.training.errors import read_here
 from mimscale.training.loop import run
-from mimscale.training.metrics import flops_per_image
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pictures import loss_curves, reconstruction_sheet
 from mimscale.training.planning.counting import activation_bytes, largest_micro_batch, parameter_sizes
+from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import validate
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import Task, TaskBatch, ValidationResult
+from mimscale.training.task import Evaluator, Task, TaskBatch, ValidationResult
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
@@ -52,6 +51,24 @@ def open_shards(recipe: Any) -> ShardIndex:
     places: dict[str, Any] = {"cache": Path(data.cache)} if data.cache else {}
     sizes: dict[str, Any] = {"cache_bytes": int(data.cache_gib * 2**30)} if data.cache_gib else {}
     return ShardIndex.load(data.shards, **places, **sizes)
+
+
+def reading(recipe: Any, ranks: Ranks, step: int) -> dict[str, Any]:
+    """How a rank reads a recipe's training images from ``step`` on: arguments of a :class:`mimscale.data.CropStream`."""
+    data, train = recipe.data, recipe.train
+    return {
+        "fraction": data.fraction,
+        "seed": train.seed,
+        "global_batch": train.global_batch,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "start_step": step,
+        "stop_step": train.iterations,
+        "workers": rank_workers(data.workers, ranks),
+        "max_damaged": data.max_damaged,
+        "shuffle": data.shuffle,
+        "window": data.shuffle_window,
+    }
 
 
 def data_position(index: ShardIndex, fraction: str, seed: int, images: int) -> dict[str, Any]:
@@ -108,39 +125,21 @@ class Pretraining(Task):
         data = self.recipe.data
         decodes_here = data.decoder == "nvimgcodec"  # in the rank itself, which holds the device
         on_gpu = ranks.device.type == "cuda"
+        how = reading(self.recipe, ranks, step)
         stream = MIMStream(
             self.index,
-            fraction=data.fraction,
-            seed=self.recipe.train.seed,
-            image_size=data.image_size,
-            global_batch=self.recipe.train.global_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=step,
-            stop_step=self.recipe.train.iterations,
-            workers=0 if decodes_here else rank_workers(data.workers, ranks),
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            interpolation=data.interpolation,
+            **(how | {"workers": 0} if decodes_here else how),
+            crops=CropSpec.of(data, device=str(ranks.device) if decodes_here else "cpu"),
             mask_grid=self.recipe.mask_grid,
             hidden=self.recipe.hidden,
-            max_damaged=data.max_damaged,
-            shuffle=data.shuffle,
-            window=data.shuffle_window,
-            decoder=data.decoder,
-            device=str(ranks.device) if decodes_here else "cpu",
         )
-        try:
-            for batch in stream:
-                # Page-locked memory is what copies to a GPU beside its work.
-                pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
-                yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
-        except (ShardError, OSError) as error:
-            raise RankLocalError(str(error)) from error
+        for batch in read_here(stream):
+            # Page-locked memory is what copies to a GPU beside its work.
+            pinned = batch.pin_memory() if on_gpu and not decodes_here else batch
+            yield TaskBatch((pinned.images, pinned.mask, pinned.draw_keys), batch.keys, batch.skipped)
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         found = validate(engine, self.recipe, self.index)
         if found is None:
             return None

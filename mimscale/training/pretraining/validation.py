@@ -55,8 +55,8 @@ def validate(engine: Evaluator, recipe: Recipe, index: ShardIndex) -> Validation
         world_size=ranks.world_size,
         mask_grid=recipe.mask_grid,
         hidden=recipe.hidden,
+        limit=recipe.data.validation_images,
     )
-    stream.samples = stream.samples[: recipe.data.validation_images]
     totals = torch.zeros(5, dtype=torch.float64, device=ranks.device)
     samples: list[tuple[Tensor, Tensor, Tensor]] = []
     wanted = recipe.train.reconstructions if ranks.is_first else 0

@@ -89,14 +89,6 @@ def predict(outputs: Iterable[tuple[LabelledBatch, Tensor]], ranks_device: torch
     return Predictions(table[:, 2].astype(np.int64), table[:, 4:].astype(np.int64), table[:, 3])
 
 
-def spread(stream: EvaluationStream, images: int | None) -> EvaluationStream:
-    """Let a stream read ``images`` of its samples only, evenly spread over all of them."""
-    total = len(stream.samples)
-    if images is not None and images < total:
-        stream.samples = stream.samples[np.arange(images) * total // images]
-    return stream
-
-
 def read_ahead(stream: EvaluationStream, model: object) -> Iterator[tuple[LabelledBatch, Tensor]]:
     """Each batch of a stream with what ``model(batch)`` makes of it."""
     for batch in stream:

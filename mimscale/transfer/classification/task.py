@@ -12,23 +12,23 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mimscale.data import EvaluationStream, LabelledStream, ShardError
-from mimscale.data.stream.augment import resize_and_centre_crop
+from mimscale.data import CropSpec, EvaluationStream, LabelledStream, ShardError
+from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.engine import Engine
-from mimscale.training.errors import RankLocalError
+from mimscale.training.errors import read_here
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.pretraining.module import normalise
-from mimscale.training.pretraining.task import data_position, open_shards, rank_workers
+from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import check_data
-from mimscale.training.task import TaskBatch, ValidationResult
+from mimscale.training.task import Evaluator, TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
 from mimscale.transfer.classification.recipe import ClassificationRecipe
-from mimscale.transfer.classification.scores import TOP, predict, read_ahead, spread
+from mimscale.transfer.classification.scores import TOP, predict, read_ahead
 from mimscale.transfer.task import TransferTask
 from mimscale.transfer.weights import task_encoder
 
@@ -86,7 +86,8 @@ class Classification(TransferTask):
                 f"train.global_batch={batch} over {ranks} ranks does not give each an even number of images, which mixing in "
                 f"pairs takes; choose a multiple of {2 * ranks}, or mix.mixup=0 mix.cutmix=0"
             )
-        self.flops_per_image = 3 * forward_flops(self)
+        size = data.image_size
+        self.flops_per_image = training_flops(self.build, lambda module: module(torch.empty(1, 3, size, size)))
 
     @override
     def build(self) -> nn.Module:
@@ -100,20 +101,16 @@ class Classification(TransferTask):
     @classmethod
     @override
     def say(
-        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: ClassificationRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
         size, settings = recipe.data.image_size, recipe.data
-        crop = resize_and_centre_crop(np.array(image), cls.shorter_side(recipe), size, settings.interpolation)
+        shorter = shorter_side(size, settings.resize_shorter)
+        crop = resize_and_centre_crop(pixels, shorter, size, settings.interpolation)
         with torch.no_grad():
             chances = module(normalise(crop[None], settings.mean, settings.std))[0][0].softmax(0)
         best = chances.topk(min(TOP, len(chances)))
         named = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return ", ".join(f"{data['classes'][index]} {chance:.1%}" for chance, index in named), None
-
-    @staticmethod
-    def shorter_side(recipe: ClassificationRecipe) -> int:
-        """What held-out images are resized to before the centre is cut, pixels."""
-        return recipe.data.resize_shorter or round(recipe.data.image_size / 0.875)
 
     @override
     def check_same_classes(self, data: dict[str, Any]) -> None:
@@ -141,35 +138,18 @@ class Classification(TransferTask):
 
     @override
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:
-        data, train = self.recipe.data, self.recipe.train
+        data = self.recipe.data
         stream = LabelledStream(
             self.index,
-            fraction=data.fraction,
-            seed=train.seed,
-            image_size=data.image_size,
-            global_batch=train.global_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=step,
-            workers=rank_workers(data.workers, ranks),
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            interpolation=data.interpolation,
+            **reading(self.recipe, ranks, step),
+            crops=CropSpec.of(data),
             rand_augment=data.rand_augment,
-            max_damaged=data.max_damaged,
-            stop_step=train.iterations,
-            shuffle=data.shuffle,
-            window=data.shuffle_window,
         )
-        try:
-            for batch in stream:
-                images, targets = self.mixing(
-                    self.normalised(batch, ranks.device), batch.labels.to(ranks.device), batch.draw_keys
-                )
-                yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
-        except (ShardError, OSError) as error:
-            raise RankLocalError(str(error)) from error
+        for batch in read_here(stream):
+            images, targets = self.mixing(
+                self.normalised(batch, ranks.device), batch.labels.to(ranks.device), batch.draw_keys
+            )
+            yield TaskBatch((images, targets, batch.draw_keys), batch.keys, batch.skipped)
 
     def normalised(self, batch: LabelledBatch, device: torch.device) -> Tensor:
         """A batch's images (b, 3, S, S) fp32 on the device, with the recipe's mean and deviation taken out."""
@@ -181,22 +161,22 @@ class Classification(TransferTask):
     def held_out(self, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0) -> EvaluationStream:
         """One pass over the held-out images."""
         data = self.recipe.data
-        stream = EvaluationStream(
+        return EvaluationStream(
             self.index,
             data.validation,
             data.image_size,
             batch_size,
             rank,
             world_size,
-            resize_shorter=self.shorter_side(self.recipe),
+            resize_shorter=data.resize_shorter,
             workers=workers,
             interpolation=data.interpolation,
             max_damaged=data.max_damaged,
+            limit=data.validation_images,
         )
-        return spread(stream, data.validation_images)
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if not self.validated:
             return None
         ranks = engine.ranks
@@ -253,13 +233,3 @@ class Classification(TransferTask):
             "classes_without_images": len(self.counts.empty),
             "long_tail": tail or None,
         }
-
-
-def forward_flops(task: Classification) -> int:
-    """Floating-point operations of one image's forward pass, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = task.recipe.data.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.build().eval()(torch.empty(1, 3, size, size))
-    return counter.get_total_flops()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mimscale.data import DamagedSample, SampleOrder, ShardError, draws
-from mimscale.data.stream.workers import batches
+from mimscale.data.stream.order import evenly_spread
+from mimscale.data.stream.workers import batches, watched
 
 
 class DenseImages(ABC):
@@ -91,7 +92,14 @@ class DenseImages(ABC):
             except DamagedSample as damage:
                 skipped.append((self.keys[number], damage.reason))
             number = (number + 1) % len(self.keys)
-        raise too_many(self.root, dict(skipped), most)
+        raise self.too_many(dict(skipped), most)
+
+    def too_many(self, damaged: dict[str, str], limit: int) -> ShardError:
+        """The error for a data set that is more damaged than it may be."""
+        some = "; ".join(f"{key}: {reason}" for key, reason in list(damaged.items())[:5])
+        return ShardError(
+            f"{self.root}: {len(damaged)} damaged images, over the limit of data.max_damaged={limit}: {some}"
+        )
 
 
 @dataclass
@@ -166,12 +174,8 @@ class DenseStream:
         return DenseBatch(step, tensors, keys, skipped)
 
     def __iter__(self) -> Iterator[DenseBatch]:
-        damaged: dict[str, str] = {}
-        for batch in batches(self, self.start_step, self.stop_step, self.workers):
-            damaged.update(batch.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(self.images.root, damaged, self.max_damaged)
-            yield batch
+        made = batches(self, self.start_step, self.stop_step, self.workers)
+        return watched(made, self.max_damaged, self.images.too_many)
 
 
 @dataclass
@@ -213,9 +217,7 @@ class HeldOutStream:
     ):
         self.images, self.rank, self.world_size = images, rank, world_size
         self.workers, self.max_damaged = workers, max_damaged
-        total = len(images.keys)
-        count = total if limit is None else min(limit, total)
-        self.numbers = np.arange(count) * total // max(count, 1)
+        self.numbers = evenly_spread(len(images.keys), limit)
 
     def __len__(self) -> int:
         """Images that each rank takes."""
@@ -230,15 +232,4 @@ class HeldOutStream:
         return HeldOutImage(number, tensors, place < len(self.numbers) and number == wanted, skipped)
 
     def __iter__(self) -> Iterator[HeldOutImage]:
-        damaged: dict[str, str] = {}
-        for image in batches(self, 0, len(self), self.workers):
-            damaged.update(image.skipped)
-            if len(damaged) > self.max_damaged:
-                raise too_many(self.images.root, damaged, self.max_damaged)
-            yield image
-
-
-def too_many(root: Path, damaged: dict[str, str], limit: int) -> ShardError:
-    """The error for a data set that is more damaged than it may be."""
-    some = "; ".join(f"{key}: {reason}" for key, reason in list(damaged.items())[:5])
-    return ShardError(f"{root}: {len(damaged)} damaged images, over the limit of data.max_damaged={limit}: {some}")
+        return watched(batches(self, 0, len(self), self.workers), self.max_damaged, self.images.too_many)

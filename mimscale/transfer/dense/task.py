@@ -28,8 +28,8 @@ from typing_extensions import override
 
 from mimscale.data import ShardError
 from mimscale.models.sizes import SWIN_SIZES
-from mimscale.training.checkpoint import Checkpoint
-from mimscale.training.errors import CheckpointError, RankLocalError
+from mimscale.training.checkpoint import Checkpoint, CheckpointError
+from mimscale.training.errors import read_here
 from mimscale.training.pretraining.task import rank_workers
 from mimscale.training.ranks import Ranks
 from mimscale.training.task import TaskBatch
@@ -137,14 +137,11 @@ class DenseTask(TransferTask):
             rank_workers(data.workers, ranks),
             data.max_damaged,
         )
-        try:
-            for batch in stream:
-                tensors = batch.tensors
-                if ranks.device.type == "cuda":
-                    tensors = tuple(tensor.pin_memory() for tensor in tensors)
-                yield TaskBatch(tensors, batch.keys, batch.skipped)
-        except (ShardError, OSError) as error:
-            raise RankLocalError(str(error)) from error
+        for batch in read_here(stream):
+            tensors = batch.tensors
+            if ranks.device.type == "cuda":
+                tensors = tuple(tensor.pin_memory() for tensor in tensors)
+            yield TaskBatch(tensors, batch.keys, batch.skipped)
 
     def held_out_stream(self, ranks: Ranks) -> HeldOutStream:
         """This rank's share of the held-out images."""

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 from typing_extensions import override
 
 from mimscale.data import DamagedSample
-from mimscale.data.decode import decode_rgb
+from mimscale.data.decode import read_rgb
 from mimscale.data.stream.augment import resize
 from mimscale.transfer.dense.scaling import filled, scale_to, scaled_size
 from mimscale.transfer.dense.stream import DenseImages
@@ -58,12 +58,7 @@ class DetectionImages(DenseImages):
         Raises:
             DamagedSample: it cannot be read, or has another size than the annotations say.
         """
-        path = Path(self.instances.folder) / self.keys[number]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DamagedSample(f"{path}: {error.strerror}") from None
-        pixels = decode_rgb(data)
+        pixels = read_rgb(Path(self.instances.folder) / self.keys[number])
         height, width = self.instances.sizes[number]
         if pixels.shape[:2] != (height, width):
             raise DamagedSample(

@@ -12,10 +12,10 @@ from torch import nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
-from mimscale.training.engine import Engine
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import RecipeError
-from mimscale.training.task import ValidationResult
+from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseTask, stage_widths
 from mimscale.transfer.detection.coco import Instances, read_instances
@@ -49,7 +49,8 @@ class Detection(DenseTask):
             self._check_same_categories(self.held_out.instances)
         elif data.validation is not None or data.validation_annotations is not None:
             raise RecipeError("data.validation=FOLDER and data.validation_annotations=FILE go together")
-        self.flops_per_image = 3 * forward_flops(self)
+        sizes = data.image_size, recipe.detector.channels, recipe.detector.proposals_sampled
+        self.flops_per_image = training_flops(self.build, lambda module: forward_once(module, *sizes))
 
     def _split(self, folder: str, file: str, keep_empty: bool) -> DetectionImages:
         data = self.recipe.data
@@ -90,7 +91,7 @@ class Detection(DenseTask):
         )
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         instances, ranks = self.held_out.instances, engine.ranks
@@ -128,9 +129,9 @@ class Detection(DenseTask):
     @classmethod
     @override
     def say(
-        cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: DetectionRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
-        pixels, settings = np.array(image), recipe.data
+        settings = recipe.data
         tensors = at_test_size(pixels, settings.test_size, fill(settings.mean))
         found = detect(module, tensors, (pixels.shape[0], pixels.shape[1]))
         sure = found.above(LEAST)
@@ -152,23 +153,13 @@ class Detection(DenseTask):
         }
 
 
-def forward_flops(task: Detection) -> int:
-    """Floating-point operations of one training image's forward pass, with all proposals that are sampled.
+def forward_once(module: Any, size: int, channels: int, sampled: int) -> None:
+    """Pass a training image of a side of ``size`` through a detector, with all proposals that are sampled.
 
     A quarter of the proposals, the most that may be positive, goes through the mask head.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size, sampled = task.recipe.data.image_size, task.recipe.detector.proposals_sampled
-    channels = task.recipe.detector.channels
-
-    def run(module: Any) -> None:
-        heads = module.heads
-        normed = heads.norms(module.encoder, torch.empty(1, 3, size, size))
-        heads.rpn.head(list(heads.fpn(dict(zip("0123", normed, strict=True))).values()))
-        heads.roi_heads.box_predictor(heads.roi_heads.box_head(torch.empty(sampled, channels, 7, 7)))
-        heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(torch.empty(sampled // 4, channels, 14, 14)))
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(task.build().eval())
-    return counter.get_total_flops()
+    heads = module.heads
+    normed = heads.norms(module.encoder, torch.empty(1, 3, size, size))
+    heads.rpn.head(list(heads.fpn(dict(zip("0123", normed, strict=True))).values()))
+    heads.roi_heads.box_predictor(heads.roi_heads.box_head(torch.empty(sampled, channels, 7, 7)))
+    heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(torch.empty(sampled // 4, channels, 14, 14)))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mimscale.data import DamagedSample, ShardError
-from mimscale.data.decode import decode_rgb
+from mimscale.data.decode import read_rgb
 from mimscale.transfer.segmentation.upernet import IGNORED
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -102,9 +102,12 @@ class LabelPictures:
         Raises:
             DamagedSample: one of them cannot be read, they differ in size, or a label is none of the classes.
         """
-        pixels = decode_rgb(_bytes(self.images / self.names[number]))
+        pixels = read_rgb(self.images / self.names[number])
         path = self.labels / f"{Path(self.names[number]).stem}{LABELS}"
-        stored = _bytes(path)
+        try:
+            stored = path.read_bytes()
+        except OSError as error:
+            raise DamagedSample(f"{path}: {error.strerror}") from None
         try:
             with Image.open(io.BytesIO(stored)) as picture:
                 mode, values = picture.mode, np.asarray(picture)
@@ -140,10 +143,3 @@ def _files(folder: Path, endings: tuple[str, ...]) -> list[tuple[str, int]]:
             return sorted((e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(endings))
     except OSError as error:
         raise ShardError(f"{folder}: {error.strerror}") from None
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DamagedSample(f"{path}: {error.strerror}") from None

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mimscale.training.engine import Engine
+from mimscale.training.planning.throughput import training_flops
 from mimscale.training.ranks import gather
 from mimscale.training.recipe import RecipeError
-from mimscale.training.task import ValidationResult
+from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
 from mimscale.transfer.dense.task import DenseTask, stage_widths
 from mimscale.transfer.segmentation.images import SegmentationImages, at_test_size
@@ -47,7 +47,8 @@ class Segmentation(DenseTask):
             self.held_out = self._split(data.validation, data.validation_annotations)
         elif data.validation is not None or data.validation_annotations is not None:
             raise RecipeError("data.validation=FOLDER and data.validation_annotations=FOLDER go together")
-        self.flops_per_image = 3 * forward_flops(self)
+        crop = (1, 3, data.image_size, data.image_size)
+        self.flops_per_image = training_flops(self.build, lambda module: module(torch.empty(crop, dtype=torch.uint8)))
         # Of the last validation.
         self.last: Confusion | None = None
         self.damaged: dict[str, str] = {}
@@ -101,7 +102,7 @@ class Segmentation(DenseTask):
         return torch.empty(images, 3, size, size, dtype=torch.uint8), labels, torch.zeros(images, dtype=torch.int64)
 
     @override
-    def validate(self, engine: Engine, step: int) -> ValidationResult | None:
+    def validate(self, engine: Evaluator, step: int) -> ValidationResult | None:
         if self.held_out is None:
             return None
         data, ranks = self.recipe.data, engine.ranks
@@ -135,9 +136,9 @@ class Segmentation(DenseTask):
     @classmethod
     @override
     def say(
-        cls, recipe: SegmentationRecipe, data: dict[str, Any], module: Any, image: Image.Image
+        cls, recipe: SegmentationRecipe, data: dict[str, Any], module: Any, pixels: np.ndarray
     ) -> tuple[str, Image.Image | None]:
-        pixels, settings, classes = np.array(image), recipe.data, data["classes"]
+        settings, classes = recipe.data, data["classes"]
         tested = at_test_size(pixels, settings.test_size)
         with torch.no_grad():
             said = slide(module, tested, settings.image_size, settings.stride, fill(settings.mean), pixels.shape[:2])
@@ -159,13 +160,3 @@ class Segmentation(DenseTask):
             ious = zip(self.classes, self.last.ious().tolist(), strict=True)
             found["iou"] = {name: None if np.isnan(iou) else iou for name, iou in ious}
         return found
-
-
-def forward_flops(task: Segmentation) -> int:
-    """Floating-point operations of one crop's forward pass, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = task.recipe.data.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.build().eval()(torch.empty(1, 3, size, size, dtype=torch.uint8))
-    return counter.get_total_flops()
