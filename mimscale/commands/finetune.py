@@ -6,7 +6,7 @@ import argparse
 from typing import NoReturn
 
 from mimscale.commands.pretrain import parse_start, start_parser
-from mimscale.training.launch import start_ranks_here
+from mimscale.training.launch.start import start_ranks_here
 from mimscale.transfer.launch import launch_finetuning
 
 PURPOSE = "Fine-tune an encoder on a task."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from mimscale.training.launch import Start, launch_pretraining, start_ranks_here
+from mimscale.training.launch.start import Start, launch_pretraining, start_ranks_here
 
 PURPOSE = "Pre-train an encoder by masked image modelling."
 

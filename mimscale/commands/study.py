@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None, program: str = "mimscale study") -> int:
     from mimscale.study.jobs import build_graph
     from mimscale.study.results.result import ResultsError
     from mimscale.study.spec import StudyError, load_study
-    from mimscale.training.slurm import SlurmError
+    from mimscale.training.launch.slurm import SlurmError
 
     try:
         if options.study == PUBLISHED:

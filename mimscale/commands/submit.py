@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mimscale.resources import LAUNCHERS, RECIPES
 
 if TYPE_CHECKING:
-    from mimscale.training.slurm import SlurmJob
+    from mimscale.training.launch.slurm import SlurmJob
 
 SCRIPT = "submit.sbatch"
 
@@ -23,7 +23,7 @@ def check_arguments(job: SlurmJob) -> None:
     Raises:
         SlurmError: with what the launcher says.
     """
-    from mimscale.training.slurm import SlurmError
+    from mimscale.training.launch.slurm import SlurmError
 
     command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", f"--ranks={job.ranks}"]
     command += ["--deepspeed_config", str(job.config), "--recipe", str(job.recipe), "--output", str(job.output)]
@@ -87,7 +87,7 @@ def _at_least_none(text: str) -> int:
 
 
 def _options(text: str) -> tuple[str, ...]:
-    from mimscale.training.slurm import SlurmError
+    from mimscale.training.launch.slurm import SlurmError
 
     try:
         return tuple(shlex.split(text))
@@ -104,9 +104,9 @@ def main(argv: list[str]) -> int:
         else:
             words.append(word)
     asked = parser().parse_intermixed_args(words)
+    from mimscale.training.launch.slurm import SlurmError, SlurmJob, submission, submit, write_script
     from mimscale.training.recipe import RecipeError, recipe_values
     from mimscale.training.run_folder import write_beside
-    from mimscale.training.slurm import SlurmError, SlurmJob, submission, submit, write_script
 
     try:
         job = SlurmJob(

@@ -21,9 +21,9 @@ import yaml
 from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
+from mimscale.training.launch.slurm_queue import queued_jobs
 from mimscale.training.recipe import RecipeError, stored_recipe
 from mimscale.training.run_folder import MANIFEST, RunFolder, write_beside
-from mimscale.training.slurm_queue import queued_jobs
 
 
 @dataclass

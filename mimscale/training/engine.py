@@ -32,9 +32,9 @@ from mimscale.models.weights.released import saved_buffers
 from mimscale.training.averaging import AVERAGE, AveragingAdamW
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.errors import CorruptedUpdateError, TrainingError
+from mimscale.training.launch.rendezvous import interface, rendezvous
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
-from mimscale.training.rendezvous import interface, rendezvous
 
 # DeepSpeed calls collectives by their former names; torch would say so several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mimscale.training.launch import Start, launch
+from mimscale.training.launch.start import Start, launch
 from mimscale.training.recipe import RunRecipe
 
 

@@ -136,7 +136,9 @@ sys.exit(int(sys.argv[1]) if rank else 0)
 def test_ranks_of_one_machine_meet_and_the_first_failure_is_the_status(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("report.py").write_text(REPORT)
-    program = "import sys; from mimscale.training.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:], 3))"
+    program = (
+        "import sys; from mimscale.training.launch.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:], 3))"
+    )
     assert run_in_child(program, "0") == 0
     seen = [json.loads(Path(f"rank_{rank}").read_text()) for rank in range(3)]
     assert [one["LOCAL_RANK"] for one in seen] == ["0", "1", "2"]
@@ -158,7 +160,9 @@ def no_rank() -> dict[str, str]:
 def test_a_wish_to_stop_reaches_every_rank_and_its_status_comes_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("report.py").write_text(REPORT)
-    program = "import sys; from mimscale.training.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
+    program = (
+        "import sys; from mimscale.training.launch.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
+    )
     process = subprocess.Popen([sys.executable, "-c", program, "report.py", "wait"], env=no_rank())
     while not (Path("ready_0").exists() and Path("ready_1").exists()):
         assert process.poll() is None

@@ -23,7 +23,7 @@ from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, descendants
 from mimscale.study.run.early_stopping import Judge, Ruling
 from mimscale.study.spec import Study
-from mimscale.training.launch import Start, launch_pretraining
+from mimscale.training.launch.start import Start, launch_pretraining
 from mimscale.training.metrics import duration
 from mimscale.transfer.launch import launch_finetuning
 

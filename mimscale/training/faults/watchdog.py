@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from mimscale.training.rendezvous import own_address
+from mimscale.training.launch.rendezvous import own_address
 from mimscale.training.run_folder import write_beside
 
 if TYPE_CHECKING:

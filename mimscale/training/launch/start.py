@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mimscale.resources import LAUNCHERS
 from mimscale.training.faults.preemption import REQUEUE_EXIT, Preempted, deafen, listen
-from mimscale.training.local_ranks import run_ranks, under_launcher
+from mimscale.training.launch.local_ranks import run_ranks, under_launcher
 
 if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe

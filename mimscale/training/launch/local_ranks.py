@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from mimscale.data.pool import usable_cores
-from mimscale.training.rendezvous import free_port
+from mimscale.training.launch.rendezvous import free_port
 
 POLL_SECONDS = 0.2
 # A rank that fails says why and so do those that wait for it; after this long they are ended.

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from mimscale.training.slurm import SlurmError
+from mimscale.training.launch.slurm import SlurmError
 
 # Slurm's states of a job that will still do something, as the study calls them.
 STATES = {
