@@ -32,14 +32,14 @@ def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
     Raises:
         StudyError: the recipe's sizes do not fit together.
     """
-    if entry := _kept().get(key(recipe)):
+    if entry := kept().get(key(recipe)):
         return entry["encoder"], entry["parameters"], entry["flops"]
     return _sizes(json.dumps(recipe.model_dump(mode="json")), type(recipe))
 
 
 def load(recipe: Recipe, gpus: int, gpu_bytes: float) -> Load:
     """What a pre-training puts on ``gpus`` GPUs of ``gpu_bytes`` each."""
-    if entry := _kept().get(key(recipe)):
+    if entry := kept().get(key(recipe)):
         elements = [int(size) for size, count in entry["elements"].items() for _ in range(count)]
         return Load(recipe, elements, entry["activations"], gpus, gpu_bytes * GPU_SHARE)
     return Load.of(recipe, gpus, gpu_bytes)
@@ -56,7 +56,8 @@ def key(recipe: RunRecipe) -> str:
 
 
 @lru_cache(maxsize=1)
-def _kept() -> dict[str, dict[str, Any]]:
+def kept() -> dict[str, dict[str, Any]]:
+    """The counts that are kept, by :func:`key`."""
     return json.loads(resources.files("mimscale.study").joinpath("data", KEPT).read_text())
 
 
