@@ -46,7 +46,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 def mimscale(installed: Path, folder: Path, *words: str) -> str:
     """What ``python -m mimscale WORDS`` prints in ``folder``, with the installed package."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
-    environment = kept | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    environment = kept | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "mimscale", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
