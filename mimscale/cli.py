@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": "fine-tune an encoder on classification, detection or segmentation",
     "study": "a grid of pre-trainings and fine-tunings: planned, run, judged and reported",
     "submit": "a recipe as a Slurm job: writes the file, shows it, and queues it",
+    "keys": "every key of recipes and studies: what it does, its default, and where that comes from",
     "status": "progress, rate, ETA and health of runs, from another terminal",
     "reconstruct": "fill in masked parts of images with a run's model, as a PNG",
     "export": "write a run's weights for timm, transformers, the released code, or as safetensors",

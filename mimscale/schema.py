@@ -7,23 +7,28 @@ by :func:`key`, so that every key has a default, a description, and where it com
 from __future__ import annotations
 
 import difflib
+import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from mimscale.resources import Kind
 
 # Suggestions are for typing errors; what differs more than this is another word.
 NEAR = 0.7
 LISTED = 20
-NAME = "NAME"
+# Of what a user wrote, in a message.
+SHOWN = 200
+# Parts of a path that the user chooses: the key of a mapping, the place in a list.
+NAME, NUMBER = "NAME", "N"
+COMMAND_LINE = "the command line"
 # What stands at the top of each kind of file, and what takes it.
 KINDS = {
     "study": (("datasets", "models", "pretrain"), "study"),
@@ -40,24 +45,34 @@ def _as_text(value: Any) -> Any:
     return value if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
+def _expanded(text: str) -> str:
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 # A name that looks like a number, as 10 or 2024 in YAML.
-Word = Annotated[str, BeforeValidator(_as_text)]
+Word = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
 # A file or folder; ~ is the user's home.
-Place = Annotated[Word, AfterValidator(lambda text: str(Path(text).expanduser()) if text.startswith("~") else text)]
+PLACE = AfterValidator(_expanded)
+Place = Annotated[Word, PLACE]
 
 
-def key(default: Any, about: str, origin: str = "ours", **settings: Any) -> Any:
+def key(
+    default: Any, about: str, origin: str = "ours", *, free: bool = False, branch: bool = False, **settings: Any
+) -> Any:
     """A described key of a section.
 
     Args:
         default: what it is where it is not given; ``...`` where it has to be given.
         about: what it does, units included, in a sentence.
         origin: where the default comes from: a section or table of the paper, the released code, or ``ours``.
+        free: whether it may differ between two starts of one run, because it changes what is written and never a loss.
+        branch: whether it may differ between a run and its trunk (``train.branch_from``), whose past it shares.
         **settings: bounds and whatever else pydantic's ``Field`` takes.
     """
-    return Field(default, description=about, json_schema_extra={"origin": origin}, **settings)
+    extra: dict[str, Any] = {"origin": origin, "free": free, "branch": branch}
+    return Field(default, description=about, json_schema_extra=extra, **settings)
 
 
 class Section(BaseModel):
@@ -67,12 +82,14 @@ class Section(BaseModel):
 
 
 class Document(Section):
-    """A whole file. ``noun`` is one of ``KINDS``; ``renamed`` gives the new names of former keys.
+    """A whole file.
 
-    ``files`` says which of the files that come with mimscale may be given by name.
+    ``noun`` is one of ``KINDS``, ``kind`` what ``mimscale keys --kind`` calls it; ``files`` are those that come with mimscale
+    and may be given by name; ``renamed`` gives the new names of former keys.
     """
 
     noun: ClassVar[str]
+    kind: ClassVar[str]
     files: ClassVar[Kind]
     error: ClassVar[type[SchemaError]] = SchemaError
     renamed: ClassVar[dict[str, str]] = {}
@@ -110,6 +127,8 @@ class ChosenBy:
         name = value.get(self.key, self.default)
         if name is None:
             raise PydanticCustomError("chosen", "lacks '{key}': one of {names}", self._context())
+        if not isinstance(name, str):
+            raise PydanticCustomError("chosen", "{key}: must be one of {names}", self._context())
         try:
             section = self.section(name)
         except ValueError as error:
@@ -119,9 +138,43 @@ class ChosenBy:
     def _context(self) -> dict[str, Any]:
         return {"key": self.key, "names": ", ".join(self.names())}
 
+    def of(self, values: Mapping[str, Any]) -> type[Section]:
+        """The section that ``values`` are keys of.
+
+        Raises:
+            ValueError: they choose one that there is not.
+        """
+        return self.section(values.get(self.key, self.default) or "")
+
     def sections(self) -> dict[str, type[Section]]:
         """Every section that there is, by the value that chooses it."""
         return {name: self.section(name) for name in self.names()}
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a mapping of another document's dotted keys to values, as a study's ``overrides`` are a recipe's.
+
+    Args:
+        schemas: the kinds of document whose keys they may be.
+    """
+
+    schemas: Callable[[], Sequence[type[Document]]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Validate that every key is one of theirs; its value is checked with the document."""
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def validate(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Raise ``ValidationError`` for keys that there are not."""
+        unknown: list[InitErrorDetails] = [
+            {"type": "extra_forbidden", "loc": (name,), "input": value}
+            for name, value in values.items()
+            if all(find(schema, name) is None for schema in self.schemas())
+        ]
+        if unknown:
+            raise ValidationError.from_exception_data("overrides", unknown)
+        return values
 
 
 # -- what a schema holds -----------------------------------------------------------------------------------------------
@@ -135,98 +188,133 @@ class Key:
         path: dotted; a part that the user chooses is ``NAME``.
         field: pydantic's, with annotation, default and description.
         only: values of the choosing key with which it is there, e.g. ("simmim",); empty for always.
+        chooser: the choosing key of its section, e.g. "objective".
+        choices: of the choosing key itself: every value, with what it says of itself.
+        chosen: of that key: the default.
     """
 
     path: str
     field: FieldInfo
     only: tuple[str, ...] = ()
+    chooser: str = ""
+    choices: tuple[tuple[str, str], ...] = ()
+    chosen: str | None = None
 
     @property
     def about(self) -> str:
         """What it does."""
+        texts = dict.fromkeys(about for _, about in self.choices)
+        if len(texts) > 1:
+            return "; ".join(f"{name}: {about.rstrip('.')}" for name, about in self.choices) + "."
         return self.field.description or ""
 
     @property
     def origin(self) -> str:
         """Where its default comes from."""
-        extra = self.field.json_schema_extra
-        return str(extra["origin"]) if isinstance(extra, dict) and "origin" in extra else ""
+        return str(_mark(self.field, "origin") or "")
+
+    @property
+    def free(self) -> bool:
+        """Whether it may differ between two starts of one run."""
+        return bool(_mark(self.field, "free"))
+
+    @property
+    def branch(self) -> bool:
+        """Whether it may differ between a run and its trunk."""
+        return bool(_mark(self.field, "branch"))
 
     @property
     def required(self) -> bool:
         """Whether it has to be given."""
-        return self.field.is_required()
+        return self.chosen is None if self.choices else self.field.is_required()
 
     @property
     def default(self) -> Any:
         """What it is where it is not given."""
+        if self.choices:
+            return self.chosen
         return None if self.required else self.field.get_default(call_default_factory=True)
 
 
-def _plain(annotation: Any) -> Any:
+def _mark(field: FieldInfo, name: str) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None
+
+
+def unmarked(annotation: Any) -> Any:
     """An annotation without its metadata, and without ``None``."""
     while typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     members = _members(annotation)
     if len(members) == 1 and members[0] is not annotation:
-        return _plain(members[0])
+        return unmarked(members[0])
     return annotation
 
 
 def _members(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (Union, __import__("types").UnionType):
+    if typing.get_origin(annotation) in (Union, types.UnionType):
         return [member for member in typing.get_args(annotation) if member is not type(None)]
     return [annotation]
 
 
-def _choice(field: FieldInfo) -> ChosenBy | None:
+def choice(field: FieldInfo) -> ChosenBy | None:
+    """How a field's section is chosen; ``None`` where there is one only."""
     return next((item for item in field.metadata if isinstance(item, ChosenBy)), None)
 
 
-def _is_section(kind: Any) -> bool:
+def keys_of(field: FieldInfo) -> KeysOf | None:
+    """Whose keys a field is a mapping of; ``None`` where it is none of another document's."""
+    return next((item for item in field.metadata if isinstance(item, KeysOf)), None)
+
+
+def is_section(kind: Any) -> bool:
+    """Whether it is a section, with keys of its own."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _inner(kind: Any) -> tuple[str | None, Any]:
+def held_by(kind: Any) -> tuple[str | None, Any]:
     """What a mapping or a list holds, as (part of the path, kind); (None, kind) for neither."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
-        return NAME, _plain(arguments[1])
+        return NAME, unmarked(arguments[1])
     if origin in (list, tuple) and arguments:
-        return "N", _plain(arguments[0])
+        return NUMBER, unmarked(arguments[0])
     return None, kind
 
 
-def describe(schema: type[BaseModel], prefix: str = "", only: tuple[str, ...] = ()) -> Iterator[Key]:
+def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key of a schema that holds a value, in order, sections gone into."""
     for attribute, field in schema.model_fields.items():
         path = prefix + (field.alias or attribute)  # a key such as `from` cannot be an attribute
-        if (choice := _choice(field)) is not None:
-            yield from _merged(choice, path)
+        if (chosen := choice(field)) is not None:
+            yield from merged(chosen, f"{path}.")
             continue
-        kind = _plain(field.annotation)
-        part, held = _inner(kind)
-        if _is_section(kind):
-            yield from describe(kind, f"{path}.", only)
-        elif part is not None and _is_section(held):
-            yield from describe(held, f"{path}.{part}.", only)
+        kind = unmarked(field.annotation)
+        part, held = held_by(kind)
+        if is_section(kind):
+            yield from describe(kind, f"{path}.")
+        elif part is not None and is_section(held):
+            yield from describe(held, f"{path}.{part}.")
         else:
-            yield Key(path, field, only)
+            yield Key(path, field)
 
 
-def _merged(choice: ChosenBy, path: str) -> Iterator[Key]:
-    sections = choice.sections()
-    held = {name: {k.path: k for k in describe(section, f"{path}.")} for name, section in sections.items()}
-    for one in dict.fromkeys(p for keys in held.values() for p in keys):
-        names = tuple(name for name, keys in held.items() if one in keys)
-        # The same key may be described differently for each of the names.
-        by_text: dict[tuple[str, str], list[str]] = {}
+def merged(chosen: ChosenBy, prefix: str = "") -> Iterator[Key]:
+    """The keys of several sections of which one is chosen, each once for all that describe it alike."""
+    sections = chosen.sections()
+    held = {name: {k.path: k for k in describe(section, prefix)} for name, section in sections.items()}
+    for path in dict.fromkeys(path for keys in held.values() for path in keys):
+        names = [name for name, keys in held.items() if path in keys]
+        if path == prefix + chosen.key:
+            choices = tuple((name, held[name][path].about) for name in names)
+            yield Key(path, held[names[0]][path].field, choices=choices, chosen=chosen.default)
+            continue
+        alike: dict[tuple[str, str], list[str]] = {}
         for name in names:
-            found = held[name][one]
-            by_text.setdefault((found.about, repr(found.default)), []).append(name)
-        for group in by_text.values():
-            everywhere = len(group) == len(sections)
-            yield Key(one, held[group[0]][one].field, () if everywhere else tuple(group))
+            alike.setdefault((held[name][path].about, repr(held[name][path].default)), []).append(name)
+        for group in alike.values():
+            found = held[group[0]][path]
+            yield found if len(group) == len(sections) else replace(found, only=tuple(group), chooser=chosen.key)
 
 
 def known_keys(schema: type[BaseModel]) -> list[str]:
@@ -239,38 +327,68 @@ def known_keys(schema: type[BaseModel]) -> list[str]:
     return list(keys)
 
 
-def find(schema: Any, path: str) -> list[FieldInfo] | None:
+@dataclass(frozen=True)
+class Spot:
+    """What a dotted path leads to.
+
+    Attributes:
+        kind: what its value is, without metadata and ``None``.
+        field: pydantic's; ``None`` for the document itself.
+        steps: keys and indices that lead there; one that the user chooses may have dots of its own.
+    """
+
+    kind: Any
+    field: FieldInfo | None
+    steps: tuple[str, ...] = ()
+
+
+def find(schema: type[BaseModel], path: str) -> list[FieldInfo] | None:
     """The fields that a dotted path may mean (several where a section is one of several); ``None`` for no key."""
-    found = _walk([(schema, None)], path.split("."))
-    return [field for _, field in found if field is not None] or None
+    return [spot.field for spot in _spots(schema, path) if spot.field is not None] or None
 
 
-Spot = tuple[Any, FieldInfo | None]
+def kinds_at(schema: type[BaseModel], path: str) -> list[Any]:
+    """What the values at a path are, sections among them; the schema itself for an empty path."""
+    return [spot.kind for spot in _spots(schema, path)] if path else [schema]
 
 
-def _walk(kinds: list[Spot], parts: list[str]) -> list[Spot]:
-    """What lies at the end of a path, as (kind, field), from what lies at its beginning."""
+def _spots(schema: type[BaseModel], path: str) -> list[Spot]:
+    return list(_walk(Spot(schema, None), path.split("."))) if len(path) <= 5 * SHOWN else []
+
+
+def _walk(spot: Spot, parts: list[str]) -> Iterator[Spot]:
+    """What lies at the end of a path, from what lies at its beginning."""
     if not parts:
-        return kinds
-    inner: list[Spot] = []
-    for kind, field in kinds:
-        if _is_section(kind):
-            named = _fields(kind)
-            if parts[0] in named:
-                found = named[parts[0]]
-                choice = _choice(found)
-                options = choice.sections().values() if choice else [_plain(found.annotation)]
-                inner += [(option, found) for option in options]
-            continue
-        part, held = _inner(kind)
-        if part == NAME and held is Any:  # another document's keys, which have dots of their own
-            return [(Any, field)]
-        if part == NAME or (part == "N" and parts[0].isdigit()):
-            inner.append((held, FieldInfo(annotation=typing.get_args(kind)[part == NAME])))
-    return _walk(inner, parts[1:]) if inner else []
+        yield spot
+    elif is_section(spot.kind):
+        field = fields_of(spot.kind).get(parts[0])
+        if field is None:
+            return
+        steps = (*spot.steps, parts[0])
+        if (keys := keys_of(field)) is not None and len(parts) > 1:
+            for schema in keys.schemas():
+                for inner in _walk(Spot(schema, None), parts[1:]):
+                    yield Spot(inner.kind, inner.field, (*steps, ".".join(parts[1:])))
+            return
+        chosen = choice(field)
+        for kind in dict.fromkeys(chosen.sections().values()) if chosen else [unmarked(field.annotation)]:
+            yield from _walk(Spot(kind, field, steps), parts[1:])
+    else:
+        part, held = held_by(spot.kind)
+        arguments = typing.get_args(spot.kind)
+        if part == NAME:
+            field = FieldInfo(annotation=arguments[1])
+            # A name may have dots; where a section ends the path, dots are more likely those of a mistaken key.
+            lengths = [*range(1, len(parts)), *([1] if len(parts) == 1 else [])]
+            for length in lengths if is_section(held) else [len(parts)]:
+                name = ".".join(parts[:length])
+                yield from _walk(Spot(held, field, (*spot.steps, name)), parts[length:])
+        elif part == NUMBER and (parts[0].isdecimal() or parts[0] == NUMBER):
+            field = FieldInfo(annotation=arguments[0])
+            yield from _walk(Spot(held, field, (*spot.steps, parts[0])), parts[1:])
 
 
-def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     """By the names that a file has for them."""
     return {field.alias or attribute: field for attribute, field in section.model_fields.items()}
 
@@ -285,38 +403,97 @@ def nearest_key(path: str, schema: type[BaseModel]) -> str | None:
 
     One of the same section that is spelt much like it; else one with the same last part elsewhere; else the closest spelling.
     """
+    path = path[: 5 * SHOWN]
+    if find(schema, path) is not None:
+        return path
     *section, leaf = path.split(".")
-    siblings = [name for kind, _ in _walk([(schema, None)], section) if _is_section(kind) for name in _fields(kind)]
+    sections = _spots(schema, ".".join(section)) if section else [Spot(schema, None)]
+    siblings = [name for spot in sections if is_section(spot.kind) for name in fields_of(spot.kind)]
     if (near := nearest(leaf, siblings)) is not None:
         return ".".join([*section, near])
     keys = known_keys(schema)
-    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
-    if same_leaf:
-        return max(same_leaf, key=lambda k: difflib.SequenceMatcher(None, k, path[:200]).ratio())
+    if same_leaf := [known for known in keys if known.rpartition(".")[2] == leaf]:
+        best = max(same_leaf, key=lambda known: difflib.SequenceMatcher(None, known, path[:SHOWN]).ratio())
+        return _with_names(best, path)
     if (whole := nearest(path, keys, 0.8)) is not None:
-        return whole
-    leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-    return leaves.get(nearest(leaf, list(leaves)) or "")
+        return _with_names(whole, path)
+    leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    near = nearest(leaf, list(leaves))
+    return _with_names(leaves[near], path) if near else None
 
 
-def unknown_key(path: str, where: str, schema: type[BaseModel]) -> str:
+def _with_names(known: str, path: str) -> str:
+    """A known key with the names that the user chose, where ``path`` has as many parts."""
+    parts, given = known.split("."), path.split(".")
+    if len(parts) != len(given):
+        return known
+    return ".".join(there if part in (NAME, NUMBER) else part for part, there in zip(parts, given, strict=True))
+
+
+def unknown_key(path: str, where: str, schema: type[Document]) -> str:
     """What to say of a key that is not in the schema."""
-    renamed = getattr(schema, "renamed", {}).get(path)
+    schemas, inside, path = _own_key(schema, path)
+    where = f"{inside} of {where}" if inside else where
+    renamed = schemas[0].renamed.get(path)
     if renamed is not None:
         return f"the key '{path}' in {where} has been renamed: write '{renamed}'"
-    near = nearest_key(path, schema)
-    hint = f"did you mean '{near}'?" if near else "mimscale keys lists the keys"
-    return f"unknown key '{path}' in {where}; {hint}"
+    nearest_of = ((nearest_key(path, schema), schema) for schema in schemas)
+    near, schema = next(((near, schema) for near, schema in nearest_of if near), (None, schemas[0]))
+    hint = f"did you mean '{near}'? {keys_command(schema, near)} lists" if near else f"{keys_command(schema)} lists"
+    return f"unknown key '{shortened(path)}' in {where}; {hint} the keys"
+
+
+def _own_key(schema: type[Document], path: str) -> tuple[Sequence[type[Document]], str, str]:
+    """Whose key a path is, another document's in a mapping of its keys: the documents, where that lies, and the key there."""
+    parts = path.split(".")
+    for length in range(1, min(len(parts), SHOWN)):
+        inside = ".".join(parts[:length])
+        for spot in _spots(schema, inside):
+            if spot.field is not None and (keys := keys_of(spot.field)) is not None:
+                return keys.schemas(), inside, ".".join(parts[length:])
+    return [schema], "", path
+
+
+def keys_command(schema: type[Document], path: str = "") -> str:
+    """The command that lists the keys of the section that ``path`` lies in, or of the whole document."""
+    schemas, _, path = _own_key(schema, path)
+    section = path.partition(".")[0]
+    known = [section] if "." in path and find(schemas[0], section) else []
+    kind = schemas[0].kind
+    return " ".join(["mimscale keys", *known, *([] if kind == "pretrain" else ["--kind", kind])])
+
+
+def shortened(text: str) -> str:
+    """At most ``SHOWN`` characters of what a user wrote, for a message."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def free_keys(document: BaseModel, branch: bool = False, prefix: str = "") -> frozenset[str]:
+    """The dotted keys of a document that may differ between two starts of one run.
+
+    Args:
+        document: what they are the keys of.
+        branch: those too that may differ between a run and its trunk.
+        prefix: of all keys.
+    """
+    found: set[str] = set()
+    for attribute, field in type(document).model_fields.items():
+        path, value = prefix + (field.alias or attribute), getattr(document, attribute)
+        if isinstance(value, BaseModel):
+            found |= free_keys(value, branch, f"{path}.")
+        elif _mark(field, "free") or (branch and _mark(field, "branch")):
+            found.add(path)
+    return frozenset(found)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe one (no objects), but two equal keys are an error, and what looks like a date is text."""
 
 
-def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
         if isinstance(key_node, yaml.ScalarNode):
@@ -328,74 +505,154 @@ def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+STRING, MERGE, NULL = (f"tag:yaml.org,2002:{tag}" for tag in ("str", "merge", "null"))
 
 
-def read_yaml(path: str | Path, kind: Kind, error: type[SchemaError] = SchemaError) -> dict[str, Any]:
-    """The top-level mapping, of plain values only, of a YAML file, or of one of ``kind`` by its name.
+def parse_yaml(
+    text: str, where: str, schema: type[BaseModel] | None = None, error: type[Exception] = SchemaError
+) -> Any:
+    """What a YAML text holds, of plain values only. Keys are text.
+
+    Args:
+        text: a document.
+        where: what to call it in errors.
+        schema: of what it holds: the values of its text keys are taken as they are written, ``010`` and ``off`` too.
+        error: what to raise.
+
+    Raises:
+        SchemaError: (or ``error``) it is not valid YAML; the message has the line.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, schema, "", set())
+        return loader.construct_document(node)
+    # A number may have too many digits; the others are of explicit tags, such as !!bool of a word.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as problem:
+        raise error(f"{where} is not valid YAML: {shortened(' '.join(str(problem).split()))}") from None
+
+
+def _keep_text(node: yaml.Node, schema: type[BaseModel] | None, path: str, seen: set[int]) -> None:
+    """Have keys, and the plain values of text keys, read as they are written."""
+    if id(node) in seen and not isinstance(node, yaml.ScalarNode):  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.tag != MERGE:
+                    key_node.tag = STRING
+                _keep_text(value, schema, f"{path}.{key_node.value}" if path else key_node.value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            _keep_text(value, schema, f"{path}.{number}", seen)
+    elif isinstance(node, yaml.ScalarNode) and schema and path and node.style is None and node.tag != NULL:
+        fields = find(schema, path)
+        if fields is not None and all(_takes_text(field.annotation) for field in fields):
+            node.tag = STRING
+
+
+def read_yaml(
+    path: str | Path,
+    noun: str = "recipe",
+    error: type[Exception] = SchemaError,
+    schema: type[BaseModel] | None = None,
+    files: Kind | None = None,
+) -> dict[str, Any]:
+    """A YAML file's top-level mapping; see :func:`parse_yaml`. One of ``files`` may be given by its name.
 
     Raises:
         SchemaError: (or ``error``) the file is not there, is no YAML, or holds something else than a mapping.
     """
     try:
-        # Built on SafeLoader: no objects.
-        values = yaml.load(kind.find(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        text = (files.find(path) if files else Path(path)).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise error(kind.missing(path)) from None
+        raise error(files.missing(path) if files else f"there is no {noun} {path}") from None
     except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"cannot read the {kind.what} {path}: {problem}") from None
-    except yaml.YAMLError as problem:
-        raise error(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from None
+        raise error(f"cannot read the {noun} {path}: {problem}") from None
+    values = parse_yaml(text, str(path), schema, error)
     if not isinstance(values, dict):
         raise error(f"{path} must hold sections such as 'model:' and 'train:', not {type(values).__name__}")
     return values
 
 
-def apply_override(values: dict[str, Any], override: str, schema: type[Document]) -> None:
+def parse_override(override: str, schema: type[Document]) -> tuple[str, str]:
+    """The key and the text of a ``key=value``.
+
+    Raises:
+        SchemaError: (the schema's ``error``) there is no '=' in it.
+    """
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise schema.error(f"'{shortened(override)}' is not key=value, for example {_example(schema)}")
+    return path, text
+
+
+def apply_override(values: dict[str, Any], override: str, schema: type[Document], where: str = COMMAND_LINE) -> None:
     """Set one ``section.key=value`` in nested ``values``.
 
     The value of a text key is taken as it stands (``null``, or nothing, unsets one that may be unset); any other is read as
     YAML.
 
+    Args:
+        values: sections and their keys.
+        override: ``section.key=value``.
+        schema: the kind of document.
+        where: what to call the source of the override in errors.
+
     Raises:
         SchemaError: (the schema's ``error``) no '=' in it, or the key is not in the schema (the message names the nearest).
     """
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise schema.error(f"'{override}' is not key=value, for example {_example(schema)}")
-    fields = find(schema, path)
-    if fields is None:
-        raise schema.error(unknown_key(path, "the command line", schema))
-    *sections, leaf = _parts(path, schema)
-    for depth, section in enumerate(sections):
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise schema.error(f"'{'.'.join(sections[: depth + 1])}' must be a section with keys such as {path}")
-    values[leaf] = _value(path, text, fields, schema)
+    path, text = parse_override(override, schema)
+    spots = [spot for spot in _spots(schema, path) if spot.field is not None]
+    if not spots:
+        raise schema.error(unknown_key(path, where, schema))
+    *sections, leaf = spots[0].steps
+    value = _value(path, text, [spot.field for spot in spots if spot.field is not None], schema)
+    inner: Any = values
+    for depth, step in enumerate(sections):
+        inner = _entered(inner, step)
+        if inner is None:
+            taken = ".".join(sections[: depth + 1])
+            raise schema.error(
+                f"'{taken}' is no section that {path} could be set in; the file has something else there"
+            )
+    if isinstance(inner, list) and leaf.isdecimal() and int(leaf) < len(inner):
+        inner[int(leaf)] = value
+    elif isinstance(inner, dict):
+        inner[leaf] = value
+    else:
+        raise schema.error(f"'{'.'.join(sections)}' has no {leaf}, so {path} cannot be set")
 
 
-def _parts(path: str, schema: type[BaseModel]) -> list[str]:
-    """The parts of a path; the key of a mapping to anything is one part, dots included."""
-    parts = path.split(".")
-    for length in range(1, len(parts)):
-        if any(_inner(kind) == (NAME, Any) for kind, _ in _walk([(schema, None)], parts[:length])):
-            return [*parts[:length], ".".join(parts[length:])]
-    return parts
+def _entered(values: Any, step: str) -> dict | list | None:
+    """A section or list inside of another, made where it is not there; ``None`` where something else is."""
+    if isinstance(values, list):
+        inner = values[int(step)] if step.isdecimal() and int(step) < len(values) else None
+    else:
+        if values.get(step) is None:
+            values[step] = {}
+        inner = values[step]
+    return inner if isinstance(inner, dict | list) else None
 
 
 def _value(path: str, text: str, fields: Sequence[FieldInfo], schema: type[Document]) -> Any:
-    if fields and all(_takes_text(field.annotation) for field in fields):
+    if all(_takes_text(field.annotation) for field in fields):
         unset = text in ("", "null") and all(_takes_none(field.annotation) for field in fields)
         return None if unset else text
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader) if text else None
-    except yaml.YAMLError as error:
-        raise schema.error(f"the value of {path} is not valid: {' '.join(str(error).split())}") from None
+    return parse_yaml(text, f"the value of {path}", error=schema.error)
 
 
 def _takes_text(annotation: Any) -> bool:
     """Whether all values but ``None`` are text."""
-    plain = _plain(annotation)
+    plain = unmarked(annotation)
     if typing.get_origin(plain) is Literal:
         return all(isinstance(value, str) for value in typing.get_args(plain))
     members = _members(plain)
@@ -418,26 +675,33 @@ def check_kind(values: dict[str, Any], where: str, schema: type[Document]) -> No
     Raises:
         SchemaError: (the schema's ``error``) naming its kind, and what takes it.
     """
-    if any(mark in values for mark in KINDS[schema.noun][0]):
-        return
-    for noun, (marks, command) in KINDS.items():
-        found = [mark for mark in marks if mark in values and mark not in schema.model_fields]
-        if noun != schema.noun and found:
-            raise schema.error(
-                f"{where} is a {noun} (it has '{found[0]}'), for mimscale {command}; a {schema.noun} is wanted here"
-            )
+    found = {noun: [mark for mark in marks if mark in values] for noun, (marks, _) in KINDS.items()}
+    likely = max(found, key=lambda noun: (len(found[noun]), noun == schema.noun))
+    if len(found[likely]) > len(found[schema.noun]):
+        mark = next(mark for mark in found[likely] if mark not in found[schema.noun])
+        raise schema.error(
+            f"{where} is a {likely} (it has '{mark}'), for mimscale {KINDS[likely][1]}; a {schema.noun} is wanted here"
+        )
 
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
-def resolve(values: dict[str, Any], where: str, schema: type[AnyDocument]) -> AnyDocument:
+def resolve(
+    values: dict[str, Any],
+    where: str,
+    schema: type[AnyDocument],
+    overridden: Collection[str] = (),
+    given: str = COMMAND_LINE,
+) -> AnyDocument:
     """Check nested ``values`` against the schema.
 
     Args:
         values: sections and their keys.
         where: what to call the source in errors, for example the file's name.
         schema: the kind of document.
+        overridden: keys that are not from there, and
+        given: what to call the source of those.
 
     Raises:
         SchemaError: (the schema's ``error``) an unknown or misplaced key, a value of the wrong kind, or a document of another
@@ -447,42 +711,67 @@ def resolve(values: dict[str, Any], where: str, schema: type[AnyDocument]) -> An
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_problem(item, where, schema) for item in error.errors()))
-    more = [f"and {len(problems) - LISTED} problems more"] if len(problems) > LISTED else []
-    raise schema.error("\n".join(problems[:LISTED] + more))
+        # What is wrong with one value is one problem, however many kinds of value it might have been.
+        by_key: dict[str, list[Any]] = {}
+        for item in error.errors():
+            by_key.setdefault(_path(item, schema) or item["msg"], []).append(item)
+        problems = [
+            _problem(path, items, given if path in overridden else where, schema)
+            for path, items in list(by_key.items())[:LISTED]
+        ]
+    more = [f"and {len(by_key) - LISTED} problems more"] if len(by_key) > LISTED else []
+    raise schema.error("\n".join(problems + more))
 
 
-def _problem(item: Any, where: str, schema: type[Document]) -> str:
+def _path(item: Any, schema: type[Document]) -> str:
     parts = [str(part) for part in item["loc"] if part != "[key]"]
-    if item["type"] == "extra_forbidden":
-        return _misplaced(parts, where, schema)
-    if not parts:
-        return item["msg"]  # about several keys together; it names them
+    if item["type"] == "extra_forbidden" or not parts:
+        return ".".join(parts)
     # A union's branches appear in the location as class names; only the document's own keys are shown.
-    path = parts[0]
-    for part in parts[1:]:
-        if find(schema, f"{path}.{part}") is None and not part.isdigit():
-            break
-        path = f"{path}.{part}"
+    ends = range(2, len(parts) + 1)
+    known = [end for end in ends if any(_walk(Spot(schema, None), parts[:end])) or parts[end - 1].isdecimal()]
+    return ".".join(parts[: max(known, default=1)])
+
+
+def _problem(path: str, items: list[Any], where: str, schema: type[Document]) -> str:
+    item = items[0]
+    if item["type"] == "extra_forbidden":
+        return _misplaced(path, where, schema)
+    if not item["loc"]:
+        return item["msg"]  # about several keys together; it names them
     if item["type"] == "missing":
-        return f"{where} lacks '{path}'"
+        return f"{where} lacks '{path}'; {keys_command(schema, path)} lists the keys"
     if item["type"] in ("chosen", "section"):
-        return f"{path} in {where} {item['msg']}" if not item["msg"].startswith("{") else item["msg"]
-    shown = repr(item["input"])
-    return f"{path} in {where}: {item['msg']}, not {shown if len(shown) <= 200 else shown[:200] + '...'}"
+        return f"{path} in {where} {item['msg']}" if item["type"] == "section" else f"{path} in {where}: {item['msg']}"
+    wanted = " or ".join(dict.fromkeys(other["msg"] for other in items))
+    return f"{shortened(path)} in {where}: {wanted}, not {shortened(repr(item['input']))}"
 
 
-def _misplaced(parts: list[str], where: str, schema: type[Document]) -> str:
+def _misplaced(path: str, where: str, schema: type[Document]) -> str:
     """What to say of a key that is not where it stands: unknown, or one of another choice of its section."""
-    path = ".".join(parts)
     owners = [key for key in describe(schema) if key.path == path and key.only]
     if owners:
+        section = path.partition(".")[0]
         names = ", ".join(dict.fromkeys(name for key in owners for name in key.only))
-        field = schema.model_fields[parts[0]]
-        choice = _choice(field)
-        by = f"{parts[0]}.{choice.key}={names}" if choice else names
-        return f"'{path}' in {where} is a key of {by} alone; mimscale keys {parts[0]} lists each one's keys"
+        return (
+            f"'{path}' in {where} is a key of {section}.{owners[0].chooser}={names} alone; "
+            f"{keys_command(schema, path)} lists each one's keys"
+        )
     return unknown_key(path, where, schema)
+
+
+def settle(
+    values: dict[str, Any], where: str, overrides: Sequence[str], schema: type[AnyDocument], given: str = COMMAND_LINE
+) -> AnyDocument:
+    """Apply ``key=value`` overrides to ``values``, which change, and check the whole; see :func:`resolve`.
+
+    Raises:
+        SchemaError: (the schema's ``error``) see :func:`apply_override` and :func:`resolve`.
+    """
+    check_kind(values, where, schema)
+    for override in overrides:
+        apply_override(values, override, schema, given)
+    return resolve(values, where, schema, {override.partition("=")[0] for override in overrides}, given)
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: type[AnyDocument]) -> AnyDocument:
@@ -491,11 +780,8 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[AnyDocument]) 
     Raises:
         SchemaError: (the schema's ``error``) see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
     """
-    values = read_yaml(path, schema.files, schema.error)
-    check_kind(values, str(path), schema)
-    for override in overrides:
-        apply_override(values, override, schema)
-    return resolve(values, str(path), schema)
+    values = read_yaml(path, schema.noun, schema.error, schema, schema.files)
+    return settle(values, str(path), overrides, schema)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -509,7 +795,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(a: Document, b: Document, free: frozenset[str]) -> list[str]:
+def differences(a: Document, b: Document, free: Collection[str]) -> list[str]:
     """Keys outside ``free`` whose values differ, each as ``key: value in a, value in b``."""
     flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     names = [name for name in flat_a if name not in free and flat_a[name] != flat_b.get(name)]

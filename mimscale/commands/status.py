@@ -30,12 +30,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command: status 0 when every run is finished or running, else 1."""
     arguments = parser().parse_args(argv)
+    from mimscale.schema import SchemaError
     from mimscale.training.status import status
 
     while True:
         try:
             found = [status(run) for run in _runs(arguments.runs)]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, SchemaError) as error:
             print(f"mimscale: error: {error}", file=sys.stderr)
             return 1
         text = "\n".join(map(str, found))

@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mimscale.schema import differences
+from mimscale.schema import differences, read_yaml
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.launch.slurm_queue import queued_jobs
@@ -200,8 +198,10 @@ class StudyFolder:
         problems = []
         if folder.recipe.exists():
             try:
-                saved = stored_recipe(yaml.safe_load(folder.recipe.read_text()), str(folder.recipe), type(job.recipe))
-            except (RecipeError, yaml.YAMLError) as error:
+                saved = stored_recipe(
+                    read_yaml(folder.recipe, "recipe", RecipeError), str(folder.recipe), type(job.recipe)
+                )
+            except RecipeError as error:
                 return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
             if recipe_digest(saved) != job.digest:
                 differing = differences(saved, job.recipe, saved.free_keys | {"finetune.from"})

@@ -16,10 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mimscale.resources import Kind
-from mimscale.schema import apply_override, flatten, resolve
+from mimscale.schema import flatten, read_yaml, settle
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe, recipe_values
+from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.training.run_folder import step_name
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
@@ -257,15 +256,12 @@ def _finetuning(study: Study, name: str, task: Finetuning, job: Job, start: str)
 @lru_cache(maxsize=4096)
 def _read(file: str, overrides: tuple[str, ...], schema: type[RunRecipe] | None) -> RunRecipe:
     kind: type[RunRecipe] = schema or recipe_schema(file, overrides)
-    values = json.loads(_cached(file, kind.files))
-    for override in overrides:
-        apply_override(values, override, kind)
-    return resolve(values, file, kind)
+    return settle(json.loads(_text(file, kind)), file, overrides, kind, "the study's overrides")
 
 
 @lru_cache(maxsize=256)
-def _cached(file: str, kind: Kind) -> str:
-    return json.dumps(recipe_values(file, kind))
+def _text(file: str, kind: type[RunRecipe]) -> str:
+    return json.dumps(read_yaml(file, kind.noun, kind.error, kind, kind.files))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

@@ -13,11 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from mimscale.resources import STUDIES
-from mimscale.schema import Document, Place, Positive, SchemaError, Section, Word, load, nearest
+from mimscale.schema import Document, KeysOf, Place, Positive, SchemaError, Section, Word, key, load, nearest
+from mimscale.training.recipe import Recipe
+from mimscale.transfer.recipe import task_schemas
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+Name = Annotated[Word, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 Names = tuple[Name, ...]
 Decoder = Literal["linear", "4-blocks", "8-blocks"]
+PretrainKeys = Annotated[dict[str, Any], KeysOf(lambda: [Recipe])]
+FinetuneKeys = Annotated[dict[str, Any], KeysOf(task_schemas)]
 
 
 class StudyError(SchemaError):
@@ -25,29 +29,32 @@ class StudyError(SchemaError):
 
 
 class Dataset(Section):
-    """What a model is pre-trained on: a fraction or class subset of the shards of that name (Table 2).
+    """What a model is pre-trained on."""
 
-    ``sampling: classes`` says that it holds all images of a few classes (IN100). ``images`` and ``classes`` are for planning
-    where the shards are not at hand; those of the shards count where they are.
-    """
-
-    shards: Name
-    fraction: Word = "100"
-    sampling: Literal["uniform", "classes"] = "uniform"
-    images: Positive | None = None
-    classes: Positive | None = None
+    shards: Name = key(..., "Which shards: a name of `shards`.", "Table 2")
+    fraction: Word = key("100", "Which of their images: a stored fraction or a named subset.", "Table 2")
+    sampling: Literal["uniform", "classes"] = key(
+        "uniform",
+        "Whether it holds some images of all classes, or all images of a few (IN100).",
+        "section 3.3, Table 5",
+    )
+    images: Positive | None = key(
+        None, "Images in it, for planning where the shards are not at hand; null for the shards' own count.", "Table 2"
+    )
+    classes: Positive | None = key(
+        None, "Classes in it, for planning where the shards are not at hand; null for the shards' own count.", "Table 2"
+    )
 
 
 class Resources(Section):
-    """What a run gets. What a model or task leaves open is the study's; ``gpus`` is for each node, 0 for none.
+    """What a run gets; what a model or a task leaves null is the study's."""
 
-    ``deepspeed`` is the DeepSpeed configuration, ``time`` Slurm's limit for one start of a run; a run that reaches it goes on.
-    """
-
-    deepspeed: str | None = None
-    nodes: Positive | None = None
-    gpus: Annotated[int, Field(ge=0)] | None = None
-    time: str | None = None
+    deepspeed: str | None = key(None, "DeepSpeed configuration (JSON); null in the end for ds_configs/zero2.json.")
+    nodes: Positive | None = key(None, "Nodes; null in the end for 1.")
+    gpus: Annotated[int, Field(ge=0)] | None = key(None, "GPUs of each node, 0 for none; null in the end for 8.")
+    time: str | None = key(
+        None, "Slurm's limit for one start of a run, which is then resumed, H:MM:SS; null in the end for 24:00:00."
+    )
 
     def over(self, others: Resources) -> Resources:
         """These, and ``others`` where these are open."""
@@ -57,83 +64,92 @@ class Resources(Section):
 class Encoder(Section):
     """A model of the study: a pre-training recipe, with keys of it that differ here."""
 
-    recipe: str
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    recipe: str = key(..., "Pre-training recipe (YAML).", "Table 1")
+    overrides: PretrainKeys = key({}, "Keys of that recipe that differ here, each with its value.")
     resources: Resources = Resources()
 
 
 class Grid(Section):
-    """A product of pre-trainings. ``decoders: null`` leaves each recipe's own; ``lengths`` are iterations."""
+    """A product of pre-trainings."""
 
-    models: Names = Field(min_length=1)
-    datasets: Names = Field(min_length=1)
-    lengths: tuple[Positive, ...] = Field(min_length=1)
-    decoders: tuple[Decoder, ...] | None = None
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    models: Names = key(..., "Names of `models`.", "Table 1", min_length=1)
+    datasets: Names = key(..., "Names of `datasets`.", "Table 2", min_length=1)
+    lengths: tuple[Positive, ...] = key(
+        ..., "Iterations; lengths that share their first steps share a trunk.", "section 3.4", min_length=1
+    )
+    decoders: tuple[Decoder, ...] | None = key(
+        None, "SimMIM's prediction heads; null for each recipe's own.", "Table 4"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = key((0,), "Seeds.")
+    overrides: PretrainKeys = key({}, "Keys of the recipes that differ here, each with its value.")
 
 
 class Selection(Section):
     """Which pre-trainings: those that are in every list given."""
 
-    models: Names | None = None
-    datasets: Names | None = None
-    lengths: tuple[Positive, ...] | None = None
-    decoders: tuple[Decoder, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    models: Names | None = key(None, "Names of `models`; null for all.")
+    datasets: Names | None = key(None, "Names of `datasets`; null for all.")
+    lengths: tuple[Positive, ...] | None = key(None, "Iterations; null for all.")
+    decoders: tuple[Decoder, ...] | None = key(None, "SimMIM's prediction heads; null for all.")
+    seeds: tuple[int, ...] | None = key(None, "Seeds; null for all.")
 
 
 class Finetuning(Section):
-    """A task that is fine-tuned from every pre-training in ``of``.
+    """A task that is fine-tuned from every pre-training in ``of``; the encoder's size and the seed are that one's."""
 
-    ``recipe`` may hold ``{model}``. ``after`` names another task: this one then starts from that one's weights in place of the
-    pre-training's. The encoder's size and the seed are the pre-training's. ``shards`` is unset where the recipe names its data.
-    """
-
-    recipe: str
-    shards: Name | None = None
+    recipe: str = key(
+        ..., "Fine-tuning recipe (YAML); {model} in it stands for the name of the pre-training's model.", "section 3.5"
+    )
+    shards: Name | None = key(None, "Which shards: a name of `shards`; null where the recipe names its data.")
     of: Selection = Selection()
-    after: Name | None = None
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    after: Name | None = key(
+        None, "Another task, whose weights this one starts from; null for the pre-training's.", "ours"
+    )
+    overrides: FinetuneKeys = key({}, "Keys of that recipe that differ here, each with its value.")
     resources: Resources = Resources()
 
 
 class Speed(Section):
-    """What GPU-hours are estimated with: ``mfu`` is the share of a ``gpu``'s peak, ``price`` that of one GPU-hour."""
+    """What GPU-hours and costs are estimated with."""
 
-    gpu: str = "H100"
-    gpu_memory: Annotated[float, Field(gt=0)] = 80
-    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
-    price: Annotated[float, Field(ge=0)] | None = None
+    gpu: str = key("H100", "Which GPU's peak.")
+    gpu_memory: Annotated[float, Field(gt=0)] = key(80, "Memory of a GPU, GB.")
+    mfu: Annotated[float, Field(gt=0, le=1)] = key(0.4, "Share of the GPU's peak that training reaches.")
+    price: Annotated[float, Field(ge=0)] | None = key(
+        None, "Price of one GPU-hour, in any currency; null for no costs."
+    )
 
 
 class Local(Section):
-    """How ``run`` uses this machine: runs side by side, ranks of each, and new tries of one that failed."""
+    """How ``run`` uses this machine."""
 
-    parallel: Positive = 1
-    ranks: Positive = 1
-    retries: Annotated[int, Field(ge=0)] = 2
+    parallel: Positive = key(1, "Runs side by side.")
+    ranks: Positive = key(1, "Ranks of each run.")
+    retries: Annotated[int, Field(ge=0)] = key(2, "New tries of a run that failed.")
 
 
 class Slurm(Section):
     """What the cluster wants to know of every job."""
 
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
+    account: Word | None = key(None, "Account that jobs are charged to.")
+    partition: Word | None = key(None, "Partition that jobs run in.")
+    qos: Word | None = key(None, "Quality of service.")
 
 
 class Study(Document):
     """A whole study. Recipes and configurations are files or names; relative paths count from the working directory."""
 
     noun = "study"
+    kind = "study"
     files = STUDIES
     error = StudyError
     renamed: ClassVar[dict[str, str]] = {"stop_doomed": "stop_overfitting"}
 
-    name: str
-    output: Place
-    shards: dict[Name, Place | None]
+    name: Word = key(..., "Title of the study.")
+    output: Place = key(..., "Folder for its runs and its report.")
+    shards: dict[Name, Place | None] = key(
+        ..., "Shard folders or addresses by name; null for one that is given when the study is run."
+    )
     datasets: dict[Name, Dataset]
     models: dict[Name, Encoder]
     pretrain: tuple[Grid, ...] = Field(min_length=1)
@@ -142,7 +158,9 @@ class Study(Document):
     speed: Speed = Speed()
     local: Local = Local()
     slurm: Slurm = Slurm()
-    stop_overfitting: bool = False
+    stop_overfitting: bool = key(
+        False, "Stop pre-trainings whose validation loss is predicted to rise until their end."
+    )
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -172,12 +190,12 @@ def _check_names(study: Study, where: str) -> None:
         used.append((f"finetune.{name}.shards", [task.shards] if task.shards else None, "shards", list(study.shards)))
         used.append((f"finetune.{name}.after", [task.after] if task.after else None, "task", list(study.finetune)))
     problems = []
-    for key, names, kind, known in used:
+    for place, names, kind, known in used:
         for name in names or ():
             if name not in known:
                 near = nearest(name, known)
                 hint = f"did you mean '{near}'?" if near else f"there are {', '.join(known)}"
-                problems.append(f"{key} in {where}: unknown {kind} '{name}'; {hint}")
+                problems.append(f"{place} in {where}: unknown {kind} '{name}'; {hint}")
     if problems:
         raise StudyError("\n".join(problems))
 

@@ -16,168 +16,217 @@ from pydantic_core import PydanticCustomError
 
 from mimscale.mim.masking import hidden_patches
 from mimscale.resources import RECIPES, Kind
-from mimscale.schema import Document, Place, Positive, SchemaError, Section, Share, Word, load, read_yaml, resolve
+from mimscale.schema import (
+    Document,
+    Place,
+    Positive,
+    SchemaError,
+    Section,
+    Share,
+    Word,
+    free_keys,
+    key,
+    load,
+    read_yaml,
+    resolve,
+)
 
 
 class RecipeError(SchemaError):
     """A recipe or an override that cannot be used; the message names the key and what to write instead."""
 
 
-# Keys that may differ between two starts of one run: they change what is written, never a loss.
-FREE_KEYS = frozenset(
-    {
-        "data.shards",
-        "data.workers",
-        "data.cache",
-        "data.cache_gib",
-        "data.max_damaged",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.pinned_steps",
-        "train.validate_every",
-        "train.validate_batch",
-        "train.log_every",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.reconstructions",
-        "train.branch_from",
-        "train.save",
-        "train.stop_margin",
-        "train.hang_minutes",
-        "train.spike_factor",
-        "train.on_spike",
-        "train.rollback_steps",
-    }
-)
-# A branch shares its trunk's past, so besides those only the length (and with it the step down) may differ.
-BRANCH_KEYS = frozenset({"train.iterations", "data.validation_images"})
-
-
 class Data(Section):
-    """Where the images come from and how they are cropped (paper, section 3.4).
+    """Where the images come from and how they are cropped."""
 
-    ``shuffle: window`` keeps reads to ``shuffle_window`` shards at a time, for network storage. ``cache`` and ``cache_gib``
-    hold local copies of shards whose ``shards`` is an address. ``decoder: nvimgcodec`` decodes on the GPU's JPEG engine.
-    """
-
-    shards: Place | None = None
-    fraction: Word = "100"
-    image_size: Positive = 192
-    crop_scale: tuple[float, float] = (0.67, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    decoder: Literal["libjpeg-turbo", "nvimgcodec"] = "libjpeg-turbo"
-    shuffle: Literal["full", "window"] = "full"
-    shuffle_window: Positive = 16
-    cache: Place | None = None
-    cache_gib: Annotated[float, Field(gt=0)] | None = None
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    max_damaged: Annotated[int, Field(ge=0)] = 100
-    validation_images: Positive | None = None
+    shards: Place | None = key(
+        None, "Shard folder that `mimscale shards build` made, or the http(s) or s3 address of one.", free=True
+    )
+    fraction: Word = key(
+        "100", "Which of the shards' images: a stored fraction (10, 20, 50, 100) or a named subset.", "Table 2"
+    )
+    image_size: Positive = key(192, "Side of the crops, pixels.", "section 3.4")
+    crop_scale: tuple[float, float] = key((0.67, 1.0), "Area of a crop, as a share of the image's.", "section 3.4")
+    crop_ratio: tuple[float, float] = key((3 / 4, 4 / 3), "Aspect ratio of a crop, width over height.", "section 3.4")
+    flip: Annotated[float, Field(ge=0, le=1)] = key(
+        0.5, "Probability that a crop is flipped left to right.", "section 3.4"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = key(
+        "bilinear", "How crops are resized, with antialiasing.", "released code"
+    )
+    mean: tuple[float, float, float] = key(
+        (0.485, 0.456, 0.406), "Subtracted from the channels R, G, B, which are 0 to 1.", "ImageNet, released code"
+    )
+    std: tuple[float, float, float] = key(
+        (0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code"
+    )
+    decoder: Literal["libjpeg-turbo", "nvimgcodec"] = key(
+        "libjpeg-turbo", "What decodes JPEGs: the CPU, or with nvimgcodec the GPU's JPEG engine."
+    )
+    shuffle: Literal["full", "window"] = key(
+        "full", "Order of the images: over all of them, or within windows of shards, which suits network storage."
+    )
+    shuffle_window: Positive = key(16, "Shards in a window.")
+    cache: Place | None = key(None, "Folder for local copies of shards whose `shards` is an address.", free=True)
+    cache_gib: Annotated[float, Field(gt=0)] | None = key(
+        None, "Most that those copies may take, GiB; null for no limit.", free=True
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        "auto", "Decoding processes of each rank, 0 for none; auto shares the machine's cores.", free=True
+    )
+    max_damaged: Annotated[int, Field(ge=0)] = key(
+        100, "How many damaged images are skipped before the run stops.", free=True
+    )
+    validation_images: Positive | None = key(
+        None, "Validate on so many held-out images, evenly spread; null for all.", branch=True
+    )
 
 
 class Model(Section):
-    """The encoder (Table 1). ``None`` takes the named size's own value."""
+    """The encoder."""
 
-    name: str
-    window_size: Positive = 12
-    pretrained_window_size: int | tuple[int, int, int, int] = 0
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    embed_dim: Positive | None = None
-    depths: tuple[Positive, ...] | None = None
-    num_heads: tuple[Positive, ...] | Positive | None = None
-    depth: Positive | None = None
+    name: str = key(..., "Which encoder.", "Table 1")
+    window_size: Positive = key(12, "SwinV2: side of the attention windows, tokens.", "section 3.4")
+    pretrained_window_size: int | tuple[int, int, int, int] = key(
+        0, "SwinV2: windows, of all stages or of each, that the position bias was trained in; 0 for these."
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.1, "Drop rate of the last block; it rises to that from 0.", "released code"
+    )
+    embed_dim: Positive | None = key(None, "Channels of the first stage; null for the named size's.", "Table 1")
+    depths: tuple[Positive, ...] | None = key(
+        None, "SwinV2: blocks of each stage; null for the named size's.", "Table 1"
+    )
+    num_heads: tuple[Positive, ...] | Positive | None = key(
+        None, "Attention heads, for SwinV2 of each stage; null for the named size's.", "Table 1"
+    )
+    depth: Positive | None = key(None, "ViT: blocks; null for the named size's.", "MAE")
 
 
 class MIM(Section):
-    """The objective (section 3.1, Table 4).
+    """What is masked and what is predicted."""
 
-    ``loss: null`` is what the chosen fidelity uses (paper l2, released l1), ``mask_ratio: null`` what the objective uses
-    (SimMIM 0.6, MAE 0.75).
-    """
-
-    objective: Literal["simmim", "mae"] = "simmim"
-    loss: Literal["l1", "l2"] | None = None
-    decoder: Literal["linear", "4-blocks", "8-blocks"] = "linear"
-    target_window: Positive | None = 47
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    norm_pix: bool = True
-    decoder_dim: Positive = 512
-    decoder_depth: Positive = 8
-    decoder_heads: Positive = 16
+    objective: Literal["simmim", "mae"] = key("simmim", "Which objective.", "section 3.1")
+    loss: Literal["l1", "l2"] | None = key(
+        None, "Loss on masked pixels; null for what the fidelity has: l2 (paper), l1 (released).", "section 3.1"
+    )
+    decoder: Literal["linear", "4-blocks", "8-blocks"] = key("linear", "SimMIM: the prediction head.", "Table 4")
+    target_window: Positive | None = key(
+        47, "SimMIM: window that pixels are normalised in, pixels; null for raw pixels.", "section 3.1"
+    )
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        None, "Share of each image that is masked; null for 0.6 (SimMIM) or 0.75 (MAE).", "section 3.1, MAE"
+    )
+    norm_pix: bool = key(True, "MAE: predict the pixels of each patch normalised.", "MAE")
+    decoder_dim: Positive = key(512, "MAE: width of the decoder.", "MAE")
+    decoder_depth: Positive = key(8, "MAE: blocks of the decoder.", "MAE")
+    decoder_heads: Positive = key(16, "MAE: attention heads of the decoder.", "MAE")
 
 
 class Optimizer(Section):
-    """AdamW. The learning rate is ``lr`` at a global batch of ``lr_batch``, scaled linearly to the run's batch."""
+    """AdamW."""
 
-    lr: Annotated[float, Field(gt=0)] = 1.0e-4
-    lr_batch: Positive = 512
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1.0e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    clip: Annotated[float, Field(ge=0)] = 5.0
+    lr: Annotated[float, Field(gt=0)] = key(
+        1.0e-4,
+        "Peak learning rate at a global batch of `lr_batch`; it is scaled linearly to train.global_batch.",
+        "released code",
+    )
+    lr_batch: Positive = key(512, "Images of the batch that `lr` is for.", "released code")
+    betas: tuple[float, float] = key((0.9, 0.999), "Decay of the gradient's first and second moment.", "released code")
+    eps: Annotated[float, Field(gt=0)] = key(1.0e-8, "Added to the root of the second moment.", "released code")
+    weight_decay: Annotated[float, Field(ge=0)] = key(
+        0.05, "Decoupled weight decay; biases, norms and tokens have none.", "released code"
+    )
+    clip: Annotated[float, Field(ge=0)] = key(
+        5.0, "Norm that the gradient of all parameters is clipped to; 0 for no clipping.", "released code"
+    )
 
 
 class Schedule(Section):
-    """Warm-up, then constant with steps down (``step``, the paper's), or a cosine or a line to ``final_lr_ratio``.
+    """How the learning rate changes over the run."""
 
-    Each step down, at the share ``decay_at`` of the run (several for several), multiplies the rate by ``decay_factor``.
-    """
-
-    kind: Literal["step", "cosine", "linear"] = "step"
-    warmup: Annotated[int, Field(ge=0)] = 6250
-    warmup_lr: Annotated[float, Field(ge=0)] = 5.0e-7
-    decay_at: Share | tuple[Share, ...] = 0.875
-    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    kind: Literal["step", "cosine", "linear"] = key(
+        "step",
+        "After the warm-up: constant with steps down, or a cosine or a line to the final rate.",
+        "section 3.4",
+    )
+    warmup: Annotated[int, Field(ge=0)] = key(
+        6250, "Iterations in which the rate rises linearly from `warmup_lr` to its peak.", "released code"
+    )
+    warmup_lr: Annotated[float, Field(ge=0)] = key(5.0e-7, "Learning rate of the first iteration.", "released code")
+    decay_at: Share | tuple[Share, ...] = key(
+        0.875, "kind=step: share of the run after which the rate steps down, or several.", "section 3.4"
+    )
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
+        0.1, "kind=step: what each step down multiplies the rate by.", "section 3.4"
+    )
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = key(
+        0.0, "kind=cosine and linear: rate at the end, as a share of the peak."
+    )
 
 
 class Train(Section):
-    """How long, how many images a step, and what is written when (in iterations).
+    """How long, how many images an iteration, and what is written when."""
 
-    ``save: blocking`` writes checkpoints while training waits, and needs no copy of the state in host memory.
-    ``stop_margin`` is how many seconds before its Slurm job's time limit a run saves and stops. ``hang_minutes`` without
-    progress end a run. A loss that is not finite, or above ``spike_factor`` times the median of the last 100, stops the
-    run, skips that update, or rolls back to a checkpoint at least ``rollback_steps`` before it and leaves the batches
-    since out (``on_spike``).
-    """
-
-    iterations: Positive = 125_000
-    global_batch: Positive = 2048
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    branch_from: Place | None = None
-    checkpoint_every: Positive = 1000
-    keep_checkpoints: Positive = 2
-    pinned_steps: tuple[Positive, ...] = ()
-    validate_every: Positive = 5000
-    validate_batch: Positive | None = None
-    log_every: Positive = 1
-    activation_checkpointing: bool | None = None
-    compile: bool = False
-    save: Literal["async", "blocking"] = "async"
-    stop_margin: Annotated[float, Field(ge=0)] = 120
-    hang_minutes: Annotated[float, Field(gt=0)] = 10
-    spike_factor: Annotated[float, Field(gt=1)] | None = 4.0
-    on_spike: Literal["stop", "skip", "rollback"] = "stop"
-    rollback_steps: Positive = 100
+    iterations: Positive = key(125_000, "Updates in all.", "section 3.4", branch=True)
+    global_batch: Positive = key(2048, "Images of one update, over all ranks.", "section 3.4")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(
+        0, "Seed of everything that is drawn: weights, order, crops, masks, drop path."
+    )
+    branch_from: Place | None = key(
+        None, "RUN@STEP of a run with the same past, whose checkpoint this run starts from.", "section 3.4", free=True
+    )
+    checkpoint_every: Positive = key(1000, "Iterations between two checkpoints.", free=True)
+    keep_checkpoints: Positive = key(2, "How many of the newest checkpoints are kept.", free=True)
+    pinned_steps: tuple[Positive, ...] = key((), "Iterations whose checkpoints are written and kept too.", free=True)
+    validate_every: Positive = key(5000, "Iterations between two validations.", free=True)
+    validate_batch: Positive | None = key(
+        None, "Images of a rank's validation batch; null for twice the micro-batch.", free=True
+    )
+    log_every: Positive = key(1, "Iterations between two lines of metrics.jsonl.", free=True)
+    activation_checkpointing: bool | None = key(
+        None,
+        "Recompute each block in the backward pass, which saves most of the activations' memory; null for what the "
+        "DeepSpeed configuration has.",
+        free=True,
+    )
+    compile: bool = key(False, "Compile the blocks with torch.compile.", free=True)
+    save: Literal["async", "blocking"] = key(
+        "async",
+        "Write checkpoints beside training, or while it waits, which needs no copy of the state in host memory.",
+        free=True,
+    )
+    stop_margin: Annotated[float, Field(ge=0)] = key(
+        120, "How long before its Slurm job's time limit a run saves and stops, seconds.", free=True
+    )
+    hang_minutes: Annotated[float, Field(gt=0)] = key(
+        10, "How long a run may make no progress before it is ended, minutes.", free=True
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = key(
+        4.0, "A loss of so many times the median of the last 100 is a spike; null for none.", free=True
+    )
+    on_spike: Literal["stop", "skip", "rollback"] = key(
+        "stop",
+        "At a spike or a loss that is not finite: stop, skip the update, or roll back to a checkpoint and leave the batches "
+        "since out.",
+        free=True,
+    )
+    rollback_steps: Positive = key(
+        100, "on_spike=rollback: least iterations between the checkpoint and the spike.", free=True
+    )
 
 
 class PretrainTrain(Train):
-    """Also how many reconstructions a validation draws."""
+    """How long, how many images an iteration, and what is written when."""
 
-    reconstructions: Annotated[int, Field(ge=0)] = 8
+    reconstructions: Annotated[int, Field(ge=0)] = key(8, "Pictures of filled-in images at each validation.", free=True)
 
 
 class RunRecipe(Document):
     """What the recipe of every task holds, whatever is trained."""
 
     error = RecipeError
-    # Keys that may differ between two starts of one run: they change what is written, never a loss.
-    free_keys: ClassVar[frozenset[str]] = FREE_KEYS
-    files: ClassVar[Kind] = RECIPES  # which of those that come with mimscale it may be
+    files: ClassVar[Kind] = RECIPES
     # Keys of the data section without which there is nothing to train on, and what each is set to.
     data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
 
@@ -190,6 +239,16 @@ class RunRecipe(Document):
         """Peak learning rate at this run's global batch."""
         return self.optimizer.lr * self.train.global_batch / self.optimizer.lr_batch
 
+    @property
+    def free_keys(self) -> frozenset[str]:
+        """Keys that may differ between two starts of one run: they change what is written, never a loss."""
+        return free_keys(self)
+
+    @property
+    def branch_keys(self) -> frozenset[str]:
+        """Keys that may differ between a run and its trunk, whose past it shares: those, and the length."""
+        return free_keys(self, branch=True)
+
     def check_data_places(self) -> None:
         """Raise unless the recipe says where its data is.
 
@@ -197,9 +256,9 @@ class RunRecipe(Document):
             RecipeError: naming the key that is not set.
         """
         data: Any = self.data  # type: ignore[attr-defined]
-        for key, kind in self.data_places.items():
-            if getattr(data, key) is None:
-                raise RecipeError(f"data.{key} is not set: give data.{key}={kind}")
+        for name, kind in self.data_places.items():
+            if getattr(data, name) is None:
+                raise RecipeError(f"data.{name} is not set: give data.{name}={kind}")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out."""
@@ -207,11 +266,17 @@ class RunRecipe(Document):
 
 
 class Recipe(RunRecipe):
-    """A pre-training recipe. ``fidelity`` settles where the paper and its released code differ."""
+    """A pre-training recipe."""
 
     noun = "pre-training recipe"
+    kind = "pretrain"
 
-    fidelity: Literal["paper", "released"] = "paper"
+    fidelity: Literal["paper", "released"] = key(
+        "paper",
+        "Where the paper and its released code differ: the paper, or with released an l1 loss, and weight decay on the bias "
+        "MLP and the logit scale.",
+        "paper",
+    )
     data: Data = Data()
     model: Model
     mim: MIM = MIM()
@@ -284,10 +349,10 @@ def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = 
     return resolve(values, where, schema)
 
 
-def recipe_values(path: str | Path, kind: Kind = RECIPES) -> dict[str, Any]:
+def recipe_values(path: str | Path, files: Kind = RECIPES) -> dict[str, Any]:
     """The sections of a recipe of any kind, unchecked.
 
     Raises:
         RecipeError: it cannot be read.
     """
-    return read_yaml(path, kind, RecipeError)
+    return read_yaml(path, "recipe", RecipeError, files=files)

@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from mimscale.schema import differences
+from mimscale.schema import differences, read_yaml
 from mimscale.training.errors import CheckpointError
-from mimscale.training.recipe import BRANCH_KEYS, AnyRecipe, RecipeError, RunRecipe, stored_recipe
+from mimscale.training.recipe import AnyRecipe, RecipeError, RunRecipe, stored_recipe
 from mimscale.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ def saved_steps(run: Path) -> list[int]:
 
 def read_recipe_value(path: Path, key: str) -> Any:
     """One dotted key of a written recipe, of whatever kind; ``None`` where it has no such key."""
-    value = yaml.safe_load(path.read_text())
+    value: Any = read_yaml(path, "recipe", RecipeError)
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
@@ -70,9 +68,10 @@ class RunFolder:
         """
         if not self.recipe.exists():
             return None
-        values = yaml.safe_load(self.recipe.read_text())
-        if not isinstance(values, dict):
-            raise RecipeError(f"{self.recipe} is no recipe; restore it, or choose another --output")
+        try:
+            values = read_yaml(self.recipe, "recipe", RecipeError)
+        except RecipeError as error:
+            raise RecipeError(f"{error}; restore it, or choose another --output") from None
         return stored_recipe(values, str(self.recipe), schema)
 
     def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
@@ -125,7 +124,7 @@ def check_branch(source: Checkpoint, recipe: RunRecipe) -> None:
         RecipeError: the trunk was another recipe, or had other learning rates up to the branch.
     """
     trunk = stored_recipe(source.manifest["recipe"], str(source.path), type(recipe))
-    differing = differences(trunk, recipe, recipe.free_keys | BRANCH_KEYS)
+    differing = differences(trunk, recipe, recipe.branch_keys)
     if differing:
         raise RecipeError(
             f"train.branch_from={recipe.train.branch_from}: the trunk is of another recipe "

@@ -8,13 +8,14 @@ from typing import Any
 
 from mimscale.data import ShardError
 from mimscale.models.weights.released import load_released
+from mimscale.schema import apply_override, find, parse_override
 from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import step_name, write_beside
 from mimscale.training.task import PlainEvaluator
 from mimscale.transfer.load import is_run, load_run
-from mimscale.transfer.recipe import find_task, load_finetune_recipe
+from mimscale.transfer.recipe import FinetuneRecipe, find_task, load_finetune_recipe, task_schemas
 
 
 def evaluate(
@@ -72,16 +73,15 @@ def _data_section(overrides: list[str]) -> dict[str, Any]:
     """``data.KEY=VALUE`` pairs as a mapping.
 
     Raises:
-        RecipeError: a pair of another form.
+        RecipeError: a pair of another form, or a key that no task has.
     """
-    import yaml
-
-    section = {}
+    values: dict[str, Any] = {}
+    schemas = task_schemas()
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.startswith("data."):
+        path, _ = parse_override(text, FinetuneRecipe)
+        if not path.startswith("data."):
             raise RecipeError(
                 f"'{text}' is not data.KEY=VALUE: an evaluation changes what is evaluated on, not the model"
             )
-        section[key.removeprefix("data.")] = yaml.safe_load(value)
-    return section
+        apply_override(values, text, next((schema for schema in schemas if find(schema, path)), schemas[0]))
+    return values.get("data", {})

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from mimscale.resources import FINETUNE_RECIPES
-from mimscale.schema import Positive, Section, apply_override
-from mimscale.training.recipe import FREE_KEYS, Model, RecipeError, RunRecipe, load_recipe, recipe_values
+from mimscale.schema import ChosenBy, Positive, Section, check_kind, key, parse_override
+from mimscale.training.recipe import Model, RecipeError, RunRecipe, load_recipe, recipe_values
 
 # task -> (package, the class in its ``task``, the one in its ``recipe``); imported only when it is the one that is asked for,
 # and its recipe alone where nothing is trained.
@@ -27,28 +27,29 @@ TASKS = {
 
 
 class TransferModel(Model):
-    """The encoder at the task's size.
+    """The encoder, at the task's image size."""
 
-    ``pretrained_image_size`` is the side of the images that its positions were trained at (ViT: ``null`` is the task's own).
-    SwinV2's position bias was trained in windows of ``pretrained_window_size``, clipped to the maps of those images; four
-    numbers give the windows of the stages themselves, 0 the task's own. ``extra_norm_every`` is for released weights that
-    have such norms.
-    """
-
-    window_size: Positive = 14
-    pretrained_image_size: Positive | None = None
-    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+    window_size: Positive = key(14, "SwinV2: side of the attention windows, tokens.", "section 3.5")
+    pretrained_image_size: Positive | None = key(
+        None, "Side of the images that its positions were trained at, pixels; null for the task's own."
+    )
+    extra_norm_every: Annotated[int, Field(ge=0)] = key(
+        0, "SwinV2: k, for released weights with one more norm after every k-th block of a stage; 0 for none."
+    )
 
 
 class Finetune(Section):
-    """Where the weights come from, and how the learning rate falls towards the input.
+    """Where the weights come from, and how the learning rate falls towards the input."""
 
-    ``from``: ``RUN`` or ``RUN@STEP``, a pre-training or fine-tuning run of mimscale; or a FILE, safetensors or the
-    authors' ``.pth``; ``null`` trains from scratch. A layer's learning rate is ``layer_decay`` times that of the next.
-    """
-
-    source: str | None = Field(default=None, alias="from")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    source: str | None = key(
+        None,
+        "RUN or RUN@STEP of a pre-training or fine-tuning, a safetensors file, or the authors' .pth file; null trains from "
+        "scratch.",
+        alias="from",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = key(
+        1.0, "What a layer's learning rate is of the next layer's.", "ours; section 3.5 has one for each task and size"
+    )
 
 
 class FinetuneRecipe(RunRecipe):
@@ -58,11 +59,11 @@ class FinetuneRecipe(RunRecipe):
     """
 
     noun = "fine-tuning recipe"
-    free_keys = FREE_KEYS
+    kind = "finetune"
     files = FINETUNE_RECIPES
     pad_windows: ClassVar[bool] = False
 
-    task: str
+    task: str = key(..., "Which task.", "section 3.5")
     model: TransferModel
     finetune: Finetune = Finetune()
 
@@ -98,24 +99,37 @@ def _entry(name: object) -> tuple[str, str, str]:
     if name is None:
         raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
     if name not in TASKS:
-        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.0)[0]
-        raise RecipeError(f"unknown task '{name}'; did you mean '{near}'? There are {', '.join(TASKS)}")
+        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.6)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise RecipeError(f"unknown task '{name}'; {hint}There are {', '.join(TASKS)}")
     return TASKS[str(name)]
+
+
+def task_schemas() -> list[type[FinetuneRecipe]]:
+    """The kinds of recipe of all tasks."""
+    return [schema_of(name) for name in TASKS]
+
+
+# All tasks' recipes, told apart by their ``task``.
+RECIPES = ChosenBy("task", None, schema_of, lambda: list(TASKS))
 
 
 def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
     """The kind of recipe that a file holds.
 
     Raises:
-        RecipeError: it cannot be read, or names no known task.
+        RecipeError: it cannot be read, is a file of another kind, or names no known task.
     """
-    name = recipe_values(path, FINETUNE_RECIPES).get("task")
+    values = recipe_values(path, FINETUNE_RECIPES)
+    check_kind(values, str(path), FinetuneRecipe)
+    name = values.get("task")
     for override in overrides:
-        if override.partition("=")[0] == "task":
-            values: dict = {}
-            apply_override(values, override, FinetuneRecipe)
-            name = values["task"]
-    return schema_of(name)
+        path_set, text = parse_override(override, FinetuneRecipe)
+        name = text if path_set == "task" else name
+    try:
+        return schema_of(name)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
 def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:

@@ -7,9 +7,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
-
 from mimscale.models.sizes import SWIN_SIZES
+from mimscale.schema import parse_yaml
 from mimscale.study.results.result import Result
 
 BATCH = 2048  # Section 3.4
@@ -42,7 +41,7 @@ def _data(name: str) -> str:
 @cache
 def paper_tables() -> dict[str, Any]:
     """Tables 1 to 5 as the paper prints them: "table1" to "table5", each a list of rows."""
-    return yaml.safe_load(_data("paper_tables.yaml"))
+    return parse_yaml(_data("paper_tables.yaml"), "paper_tables.yaml")
 
 
 def published() -> list[Result]:

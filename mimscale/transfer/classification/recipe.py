@@ -6,47 +6,73 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimscale.schema import Positive, Section, Word
+from mimscale.schema import Place, Positive, Section, Word, key
 from mimscale.transfer.recipe import Finetune, FinetuneRecipe
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class LabelledData(Section):
-    """Labelled shards: how training images are augmented, and held-out ones resized and cut.
+    """Labelled shards: how training images are augmented, and held-out ones resized and cut."""
 
-    ``rand_augment`` is timm's description, ``null`` for none. Held-out images are those of the fraction ``validation``,
-    resized to a shorter side of ``resize_shorter`` (``null``: image_size / 0.875, so 256 for 224) and cut from the centre.
-    """
-
-    shards: str | None = None
-    fraction: Word = "100"
-    image_size: Positive = 224
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: Share = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    erasing: Share = 0.25
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    shuffle: Literal["full", "window"] = "full"
-    shuffle_window: Positive = 16
-    cache: str | None = None
-    cache_gib: Annotated[float, Field(gt=0)] | None = None
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    max_damaged: Annotated[int, Field(ge=0)] = 100
-    validation: str = "val"
-    validation_images: Positive | None = None
-    resize_shorter: Positive | None = None
+    shards: Place | None = key(
+        None, "Shard folder that `mimscale shards build` made, or the http(s) or s3 address of one.", free=True
+    )
+    fraction: Word = key("100", "Which of the shards' images are trained on: a stored fraction or a named subset.")
+    image_size: Positive = key(224, "Side of the crops, pixels.", "section 3.5")
+    crop_scale: tuple[float, float] = key(
+        (0.08, 1.0), "Area of a training crop, as a share of the image's.", "released code"
+    )
+    crop_ratio: tuple[float, float] = key(
+        (3 / 4, 4 / 3), "Aspect ratio of a training crop, width over height.", "released code"
+    )
+    flip: Share = key(0.5, "Probability that a training crop is flipped left to right.", "released code")
+    interpolation: Literal["bilinear", "bicubic"] = key(
+        "bicubic", "How images are resized, with antialiasing.", "released code"
+    )
+    rand_augment: str | None = key(
+        "rand-m9-mstd0.5-inc1", "RandAugment of training crops, as timm describes it; null for none.", "released code"
+    )
+    erasing: Share = key(0.25, "Probability that a rectangle of a training crop is erased.", "released code")
+    mean: tuple[float, float, float] = key(
+        (0.485, 0.456, 0.406), "Subtracted from the channels R, G, B, which are 0 to 1.", "ImageNet, released code"
+    )
+    std: tuple[float, float, float] = key(
+        (0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code"
+    )
+    shuffle: Literal["full", "window"] = key(
+        "full", "Order of the images: over all of them, or within windows of shards, which suits network storage."
+    )
+    shuffle_window: Positive = key(16, "Shards in a window.")
+    cache: Place | None = key(None, "Folder for local copies of shards whose `shards` is an address.", free=True)
+    cache_gib: Annotated[float, Field(gt=0)] | None = key(
+        None, "Most that those copies may take, GiB; null for no limit.", free=True
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        "auto", "Decoding processes of each rank, 0 for none; auto shares the machine's cores.", free=True
+    )
+    max_damaged: Annotated[int, Field(ge=0)] = key(
+        100, "How many damaged images are skipped before the run stops.", free=True
+    )
+    validation: Word = key("val", "Which of the shards' images are held out, to validate on.")
+    validation_images: Positive | None = key(
+        None, "Validate on so many held-out images, evenly spread; null for all.", free=True
+    )
+    resize_shorter: Positive | None = key(
+        None,
+        "Shorter side that held-out images are resized to before their centre is cut, pixels; null for image_size / 0.875.",
+        "released code",
+    )
 
 
 class Mix(Section):
-    """How images and their labels are mixed: alphas of mixup and cutmix (0 for none), and the smoothing of labels."""
+    """How images and their labels are mixed."""
 
-    mixup: Annotated[float, Field(ge=0)] = 0.8
-    cutmix: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    mixup: Annotated[float, Field(ge=0)] = key(0.8, "Alpha of mixup; 0 for none.", "released code")
+    cutmix: Annotated[float, Field(ge=0)] = key(1.0, "Alpha of CutMix; 0 for none.", "released code")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.1, "Share of a label that is spread over all classes.", "released code"
+    )
 
     @property
     def mixes(self) -> bool:
@@ -55,17 +81,19 @@ class Mix(Section):
 
 
 class ClassificationFinetune(Finetune):
-    """``ema``: decay of a moving average of the weights, which is then what is validated and used; ``null`` for none."""
+    """Where the weights come from, and how the learning rate falls towards the input."""
 
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        None, "Decay of a moving average of the weights, which is then what is validated and used; null for none."
+    )
 
 
 class ClassificationRecipe(FinetuneRecipe):
     """A recipe for classification."""
 
-    free_keys = FinetuneRecipe.free_keys | {"data.validation_images"}
+    kind = "classification"
 
-    task: Literal["classification"] = "classification"
+    task: Literal["classification"] = key("classification", "Which task.", "section 3.5")
     data: LabelledData = LabelledData()
     mix: Mix = Mix()
     finetune: ClassificationFinetune = ClassificationFinetune()

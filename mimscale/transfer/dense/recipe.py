@@ -8,44 +8,42 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mimscale.models.sizes import SWIN_SIZES
-from mimscale.schema import Positive, Section
+from mimscale.schema import Place, Positive, Section, key
 from mimscale.transfer.recipe import FinetuneRecipe
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+# Where the data lies may change between two starts: that it is the same data is checked by its digest.
 class DenseData(Section):
-    """Images and targets of the training split (``images``, ``annotations``) and of the held-out one (``validation...``).
+    """Images and targets to train on, and those held out; a task says which are folders and which files."""
 
-    What these four are, folders or files, is the task's. ``image_size`` is the side of the training crops in pixels;
-    ``validation_images`` evaluates on so many images only, evenly spread.
-    """
-
-    images: str | None = None
-    annotations: str | None = None
-    validation: str | None = None
-    validation_annotations: str | None = None
-    validation_images: Positive | None = None
-    image_size: Positive
-    jitter: tuple[float, float]
-    flip: Share = 0.5
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    max_damaged: Annotated[int, Field(ge=0)] = 100
+    images: Place | None = key(None, "Folder of the training images.", free=True)
+    annotations: Place | None = key(None, "Targets of the training images.", free=True)
+    validation: Place | None = key(None, "Folder of the held-out images; null for no validation.", free=True)
+    validation_annotations: Place | None = key(None, "Targets of the held-out images.", free=True)
+    validation_images: Positive | None = key(
+        None, "Validate on so many held-out images, evenly spread; null for all.", free=True
+    )
+    image_size: Positive = key(..., "Side of the training crops, pixels.")
+    jitter: tuple[float, float] = key(..., "Factors between which a training image's scale is drawn.")
+    flip: Share = key(0.5, "Probability that a training image is flipped left to right.", "section 3.5")
+    mean: tuple[float, float, float] = key(
+        (0.485, 0.456, 0.406), "Subtracted from the channels R, G, B, which are 0 to 1.", "ImageNet, released code"
+    )
+    std: tuple[float, float, float] = key(
+        (0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code"
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        "auto", "Decoding processes of each rank, 0 for none; auto shares the machine's cores.", free=True
+    )
+    max_damaged: Annotated[int, Field(ge=0)] = key(
+        100, "How many damaged images are skipped before the run stops.", free=True
+    )
 
 
 class DenseRecipe(FinetuneRecipe):
     """A recipe for a dense task."""
-
-    # Where the data lies may change; that it is the same data is checked by its digest.
-    free_keys = FinetuneRecipe.free_keys | {
-        "data.images",
-        "data.annotations",
-        "data.validation",
-        "data.validation_annotations",
-        "data.validation_images",
-    }
 
     pad_windows: ClassVar[bool] = True
 

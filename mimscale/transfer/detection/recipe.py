@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mimscale.schema import Positive, Section
+from mimscale.schema import Place, Positive, Section, key
 from mimscale.transfer.dense.recipe import DenseData, DenseRecipe
 
 # The side of a cell of the coarsest stage: padding to it leaves every map whole.
@@ -15,37 +15,51 @@ STRIDE = 32
 
 
 class DetectionData(DenseData):
-    """Folders of images and their annotations in COCO's form.
+    """Folders of images and their annotations in COCO's form."""
 
-    ``images``, ``validation``: folders; ``annotations``, ``validation_annotations``: files such as COCO's
-    instances_train2017.json. Training: large-scale jitter by factors of ``jitter``, crops of ``image_size``. Evaluation: the
-    shorter side ``test_size[0]`` or the longer one ``test_size[1]``, whichever is reached first.
-    """
-
-    image_size: Positive = 1024
-    jitter: tuple[float, float] = (0.1, 2.0)
-    test_size: tuple[Positive, Positive] = (800, 1333)
+    annotations: Place | None = key(None, "File with the training images' objects, in COCO's form.", free=True)
+    validation_annotations: Place | None = key(
+        None, "File with the held-out images' objects, in COCO's form.", free=True
+    )
+    image_size: Positive = key(1024, "Side of the training crops, pixels.", "section 3.5")
+    jitter: tuple[float, float] = key(
+        (0.1, 2.0), "Factors between which a training image's scale is drawn (large-scale jitter).", "section 3.5"
+    )
+    test_size: tuple[Positive, Positive] = key(
+        (800, 1333),
+        "Held-out images are scaled until their shorter side is the first or their longer one the second, pixels.",
+        "section 3.5",
+    )
 
 
 class Detector(Section):
-    """The heads: widths, side of the anchors of each level in pixels, how many are sampled, kept and found in an image."""
+    """The heads of Mask R-CNN."""
 
-    channels: Positive = 256
-    hidden: Positive = 1024
-    anchors: tuple[Positive, Positive, Positive, Positive, Positive] = (32, 64, 128, 256, 512)
-    anchors_sampled: Positive = 256
-    proposals: Positive = 1000
-    proposals_sampled: Positive = 512
-    detections: Positive = 100
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    channels: Positive = key(256, "Channels of the feature pyramid.", "Mask R-CNN, torchvision")
+    hidden: Positive = key(1024, "Width of the box head.", "Mask R-CNN, torchvision")
+    anchors: tuple[Positive, Positive, Positive, Positive, Positive] = key(
+        (32, 64, 128, 256, 512), "Side of the anchors of each level, pixels.", "Mask R-CNN, torchvision"
+    )
+    anchors_sampled: Positive = key(
+        256, "Anchors of an image that the proposals' loss is taken over.", "Mask R-CNN, torchvision"
+    )
+    proposals: Positive = key(1000, "Proposals kept of an image after suppression.", "Mask R-CNN, torchvision")
+    proposals_sampled: Positive = key(
+        512, "Proposals of an image that the heads' losses are taken over.", "Mask R-CNN, torchvision"
+    )
+    detections: Positive = key(100, "Most detections of an image.", "COCO")
+    score_threshold: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.05, "Least score of a detection.", "Mask R-CNN, torchvision"
+    )
 
 
 class DetectionRecipe(DenseRecipe):
     """A recipe for detection."""
 
+    kind = "detection"
     data_places: ClassVar[dict[str, str]] = {"images": "FOLDER", "annotations": "FILE, in COCO's form"}
 
-    task: Literal["detection"] = "detection"
+    task: Literal["detection"] = key("detection", "Which task.", "section 3.5")
     data: DetectionData = DetectionData()
     detector: Detector = Detector()
 
