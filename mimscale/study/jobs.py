@@ -111,8 +111,8 @@ class Job:
 
 def recipe_digest(recipe: RunRecipe) -> str:
     """Of every key that can change a loss. Where shards lie and what is written when leaves it as it is."""
-    values = flatten(recipe.model_dump(mode="json"))
-    kept = {key: value for key, value in values.items() if key not in recipe.free_keys | PLACES}
+    values, left_out = flatten(recipe.model_dump(mode="json")), recipe.free_keys | PLACES
+    kept = {key: value for key, value in values.items() if key not in left_out}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
