@@ -90,7 +90,7 @@ class Document(Section):
 
     noun: ClassVar[str]
     kind: ClassVar[str]
-    files: ClassVar[Kind]
+    files: ClassVar[Kind | None] = None
     error: ClassVar[type[SchemaError]] = SchemaError
     renamed: ClassVar[dict[str, str]] = {}
 
