@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mimscale.models.swin_v2 import SwinTransformerV2
-    from mimscale.models.vit import VisionTransformer
+    from mimscale.models.encoder import Encoder
     from mimscale.transfer.load import Transform
 
 __version__ = "0.1.0"
 
 
-def load(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
+def load(source: str | Path, **overrides: Any) -> Encoder:
     """The encoder of a run, or of a file that ``mimscale export RUN --to safetensors`` wrote.
 
     Args:
@@ -34,7 +33,7 @@ def load(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTran
     return load_encoder(source, **overrides)
 
 
-def transform(encoder: SwinTransformerV2 | VisionTransformer) -> Transform:
+def transform(encoder: Encoder) -> Transform:
     """What makes images for ``encoder`` of pictures: Pillow's, or uint8 (height, width, 3).
 
     It resizes, cuts the centre and normalises as the run or file says that the encoder was loaded from: a picture becomes

@@ -6,6 +6,7 @@ by :func:`key`, so that every key has a default, a description, and where it com
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -94,6 +95,10 @@ class Document(Section):
     error: ClassVar[type[SchemaError]] = SchemaError
     renamed: ClassVar[dict[str, str]] = {}
 
+    @classmethod
+    def prepare(cls, values: dict[str, Any]) -> None:
+        """What is to be done before ``values``, nested and unchecked, are looked at."""
+
 
 @dataclass(frozen=True)
 class ChosenBy:
@@ -128,11 +133,11 @@ class ChosenBy:
         if name is None:
             raise PydanticCustomError("chosen", "lacks '{key}': one of {names}", self._context())
         if not isinstance(name, str):
-            raise PydanticCustomError("chosen", "{key}: must be one of {names}", self._context())
+            raise PydanticCustomError("choice", "must be one of {names}", self._context())
         try:
             section = self.section(name)
         except ValueError as error:
-            raise PydanticCustomError("chosen", "{key}: {problem}", self._context() | {"problem": str(error)}) from None
+            raise PydanticCustomError("choice", "{problem}", self._context() | {"problem": str(error)}) from None
         return section.model_validate({self.key: name, **value})
 
     def _context(self) -> dict[str, Any]:
@@ -147,8 +152,12 @@ class ChosenBy:
         return self.section(values.get(self.key, self.default) or "")
 
     def sections(self) -> dict[str, type[Section]]:
-        """Every section that there is, by the value that chooses it."""
-        return {name: self.section(name) for name in self.names()}
+        """Every section that can be had, by the value that chooses it: a plug-in that cannot be used keeps no others away."""
+        found = {}
+        for name in self.names():
+            with contextlib.suppress(ValueError):
+                found[name] = self.section(name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -708,6 +717,7 @@ def resolve(
             kind; all problems are listed.
     """
     check_kind(values, where, schema)
+    schema.prepare(values)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -741,6 +751,8 @@ def _problem(path: str, items: list[Any], where: str, schema: type[Document]) ->
         return item["msg"]  # about several keys together; it names them
     if item["type"] == "missing":
         return f"{where} lacks '{path}'; {keys_command(schema, path)} lists the keys"
+    if item["type"] == "choice":
+        return f"{path}.{item['ctx']['key']} in {where}: {item['msg']}"
     if item["type"] in ("chosen", "section"):
         return f"{path} in {where} {item['msg']}" if item["type"] == "section" else f"{path} in {where}: {item['msg']}"
     wanted = " or ".join(dict.fromkeys(other["msg"] for other in items))
@@ -769,8 +781,14 @@ def settle(
         SchemaError: (the schema's ``error``) see :func:`apply_override` and :func:`resolve`.
     """
     check_kind(values, where, schema)
-    for override in overrides:
+    # A plug-in's keys are known once it is loaded.
+    first = [override for override in overrides if override.startswith("plugins=")]
+    for override in first:
         apply_override(values, override, schema, given)
+    schema.prepare(values)
+    for override in overrides:
+        if override not in first:
+            apply_override(values, override, schema, given)
     return resolve(values, where, schema, {override.partition("=")[0] for override in overrides}, given)
 
 

@@ -10,7 +10,6 @@ held out.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from mimscale.data import draws
 from mimscale.data.errors import ShardError
+from mimscale.files import write_beside
 
 _HELD_OUT = 0.1
 
@@ -67,13 +67,11 @@ def lay_out(destination: Path, seed: int = 0, copy: bool = False, limit: int | N
             counts[split] += 1
             if target.exists():
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.{os.getpid()}")
-            if copy:
-                shutil.copyfile(paths[index], beside)
-            else:
-                beside.symlink_to(paths[index])
-            beside.replace(target)
+            with write_beside(target) as beside:
+                if copy:
+                    shutil.copyfile(paths[index], beside)
+                else:
+                    beside.symlink_to(paths[index])
     return counts
 
 

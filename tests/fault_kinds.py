@@ -50,7 +50,7 @@ class Outcome:
 class Start:
     """One start of a run: its ranks as bare processes, since a launcher would end them all when one goes.
 
-    They are forked from this one, which has imported everything: a start takes a second in place of ten.
+    They are forked from this one, which has imported everything: a start takes a second instead of ten.
     """
 
     run: Path

@@ -130,11 +130,11 @@ class Trial:
         output = start.output()
         if "ZeRO stage" not in output:
             return  # struck before it had got so far
-        source = f"going on from {self.run / 'checkpoints' / step_name(self.resume_at)}"
+        source = f"resuming from {self.run / 'checkpoints' / step_name(self.resume_at)}"
         if self.resume_at and source not in output and "is finished" not in output:
             raise Violation(f"it did not say '{source}'\n{output[-3000:]}")
-        if not self.resume_at and "going on from" in output:
-            raise Violation(f"it goes on from a checkpoint that is not whole\n{output[-3000:]}")
+        if not self.resume_at and "resuming from" in output:
+            raise Violation(f"it resumes from a checkpoint that is not whole\n{output[-3000:]}")
         if self.named is not None and self.named not in output:
             raise Violation(f"it did not say '{self.named}'\n{output[-3000:]}")
         self.named = None

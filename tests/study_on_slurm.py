@@ -202,7 +202,7 @@ class Disturbed:
     def gone_on(self) -> int:
         """Starts that went on from a checkpoint of their own run."""
         logs = self.out.resolve().glob("runs/*/slurm.log")
-        return sum(log.read_text().count(f"going on from {log.parent}/checkpoints/") for log in logs)
+        return sum(log.read_text().count(f"resuming from {log.parent}/checkpoints/") for log in logs)
 
     def run(self, seconds: float) -> None:
         """Submit, kill and submit again until every job is done.

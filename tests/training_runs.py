@@ -137,9 +137,9 @@ def kill_after_a_checkpoint(command: list[str], run: Path, step: int) -> None:
 
 
 def go_on(command: list[str]) -> None:
-    """Start a killed training again, and see it go on from a checkpoint to its end."""
+    """Start a killed training again, and see it resume from a checkpoint to its end."""
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.models.weights import KINDS
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="mimscale export", description=__doc__, allow_abbrev=False)
     made.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
-    made.add_argument("--to", required=True, choices=KINDS)
+    made.add_argument(
+        "--to", required=True, metavar="FORMAT", help="safetensors (mimscale's own), timm, huggingface, or released"
+    )
     made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     made.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
     return made
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     arguments = parser().parse_args(argv)
-    from mimscale.models.weights.export import export_weights, usage
+    from mimscale.models.weights.export import ending, export_weights, usage
     from mimscale.models.weights.released import all_weights
     from mimscale.training.run_folder import step_name
     from mimscale.transfer.load import load_run
@@ -32,9 +32,8 @@ def main(argv: list[str]) -> int:
         checkpoint, module = run.checkpoint, run.meta_module
         checkpoint.check_shapes({name: tuple(part.shape) for name, part in all_weights(module).items()})
         model, prefix = (module, "") if run.kind else (module.model, "model.")
-        endings = {"released": ".pth", "huggingface": ""}
         name = f"{model.encoder.made_from['name']}_{step_name(checkpoint.step)}_{arguments.to}"
-        output = arguments.output or run.folder / "export" / f"{name}{endings.get(arguments.to, '.safetensors')}"
+        output = arguments.output or run.folder / "export" / f"{name}{ending(arguments.to, model)}"
         written = export_weights(model, arguments.to, output, lambda name: checkpoint.trained(prefix + name))
     except (ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from mimscale.models.sizes import encoder_names
+from mimscale.models import encoder_names
 from mimscale.training.planning.throughput import GPU_PEAKS
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)

@@ -6,13 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from mimscale.models.sizes import encoder_names
-from mimscale.schema import resolve
+from mimscale.files import write_text
+from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, WAYS, Load, Way, measured_mfu, plan_way
-from mimscale.training.recipe import Recipe, RecipeError, load_recipe
-from mimscale.training.run_folder import write_beside
+from mimscale.training.recipe import Recipe, RecipeError, load_recipe, paper_recipe
 
 LENGTHS = (125_000, 250_000, 500_000)
 DEFAULT_MFU = 0.4
@@ -23,12 +22,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         return load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.model:
         raise RecipeError("give --model NAME or --recipe FILE")
-    objective = "mae" if arguments.model.startswith("vit") else "simmim"
-    size = 224 if objective == "mae" else 192
-    values = {"model": {"name": arguments.model}, "mim": {"objective": objective}, "data": {"image_size": size}}
     if arguments.overrides:
         raise RecipeError("key=value needs --recipe FILE")
-    return resolve(values, "--model", Recipe)
+    return paper_recipe(arguments.model)
 
 
 def _with_checkpointing(recipe: Recipe, wanted: str) -> Recipe:
@@ -88,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="mimscale plan-memory", description=__doc__)
     made.add_argument("--model", choices=encoder_names(), help="an encoder with the paper's settings")
-    made.add_argument("--recipe", help="a recipe in place of --model")
+    made.add_argument("--recipe", help="a recipe (file or name) instead of --model")
     made.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; by default the first that fits")
     made.add_argument("--offload", nargs="*", choices=("optimizer", "param"), default=[], help="to host memory")
     made.add_argument("--gpus", type=int, default=8)
@@ -138,7 +134,7 @@ def main(argv: list[str]) -> int:
     print(_times(recipe, arguments.gpus, peak, mfu, arguments.price, arguments.iterations) + "\n")
     text = json.dumps(chosen.config, indent=2) + "\n"
     if arguments.write:
-        write_beside(arguments.write, text)
+        write_text(arguments.write, text)
         zero_stage(read_ds_config(arguments.write))
         print(f"ZeRO stage {chosen.name}, {chosen.micro} images at a time: {arguments.write}")
     else:

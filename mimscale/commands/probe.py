@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     args = parser().parse_args(argv)
     from mimscale.data import ShardError
-    from mimscale.training.run_folder import write_beside
+    from mimscale.files import write_text
     from mimscale.transfer.load import folder_of
     from mimscale.transfer.probe import probe
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             args.workers,
         )
         target = folder_of(args.source) / "probe" / "result.json"
-        write_beside(target, json.dumps(result, indent=2) + "\n")
+        write_text(target, json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ShardError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
             mask = random_masks(len(images), recipe, args.seed)
         else:
             assert recipe.data.shards is not None
-            grid, hidden = recipe.mask_grid, recipe.hidden
             index = ShardIndex.load(recipe.data.shards)
-            stream = ValidationStream(index, recipe.data.image_size, args.count, mask_grid=grid, hidden=hidden)
+            mask_grid, masked = recipe.mask.grid[0], recipe.mask.masked
+            stream = ValidationStream(index, recipe.data.image_size, args.count, mask_grid=mask_grid, masked=masked)
             batch = next(iter(stream))
             images, mask = batch.images[batch.valid], batch.mask[batch.valid]
     except (CheckpointError, RecipeError, ShardError, ValueError) as error:

@@ -19,15 +19,14 @@ from mimscale.data.build import writer
 from mimscale.data.build.existing_tars import index_tars
 from mimscale.data.build.job_array import Part, build_part
 from mimscale.data.build.shard_writer import Options
-from mimscale.data.build.sources.annotated_json import AnnotatedJson
-from mimscale.data.build.sources.image_folder import ImageFolder
-from mimscale.data.build.sources.imagenet_archives import ClassTars, PlainTar
+from mimscale.data.build.source import open_source
 from mimscale.data.build.sources.shard_folder import ShardFolder
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions, store
-from mimscale.data.shards.format import INDEX_NAME, REJECTED_NAME, View
+from mimscale.data.shards.format import REJECTED_NAME, View
 from mimscale.data.shards.index import ShardIndex, draw_view_classes
 from mimscale.data.shards.verify import verify
+from mimscale.registry import RegistryError, load_plugins
 
 _SHOWN_PROBLEMS = 200
 
@@ -88,38 +87,10 @@ def parse_view(text: str, seed: int, classes: int) -> tuple[str, View]:
     return name, View(seed, classes=draw_view_classes(int(number), classes, seed))
 
 
-def open_source(
-    path: Path, labels: Path | None = None, fraction: str | None = None, default: str = "100"
-) -> writer.Source:
-    """Whatever ``path`` is, as a source: a shard folder, class tars in a folder or an archive, a tar, an image folder, a json.
-
-    Raises:
-        ShardError: it is none of these, or damaged.
-    """
-    if path.is_dir():
-        if (path / INDEX_NAME).exists():
-            return ShardFolder(path, fraction or default)
-        if fraction:
-            raise ShardError(f"--fraction {fraction}: {path} is no shard folder")
-        if any(entry.suffix == ".tar" for entry in path.iterdir()):
-            return ClassTars(path)
-        return ImageFolder(path)
-    if not path.exists():
-        raise ShardError(f"{path}: no such file or folder")
-    if path.suffix == ".json":
-        return AnnotatedJson(path)
-    if labels is None:
-        try:
-            return ClassTars(path)
-        except ShardError as error:
-            if "no class tars" not in str(error):
-                raise
-    return PlainTar(path, labels)
-
-
 def _build(options: argparse.Namespace) -> int:
+    load_plugins(options.plugins)
     source = open_source(options.source, fraction=options.fraction)
-    val = open_source(options.val, options.val_labels, default="val") if options.val else None
+    val = open_source(options.val, options.val_labels, held_out=True) if options.val else None
     percents: tuple[int, ...] = fractions.FRACTIONS
     if isinstance(source, ShardFolder):
         percents = source.percents
@@ -213,6 +184,9 @@ def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
         help="training images: a folder of class folders, or flat; an archive of class tars, or a folder of them; "
         "a json of images, annotations and categories; a shard folder",
     )
+    build.add_argument(
+        "--plugins", nargs="*", default=[], metavar="PACKAGE", help="packages that know other kinds of sources"
+    )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     build.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")
     build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a flat tar given as --val")
@@ -269,7 +243,7 @@ def main(arguments: list[str] | None = None, program: str = "mimscale shards") -
     options = parser(program).parse_args(arguments)
     try:
         return options.run(options)
-    except ShardError as error:
+    except (ShardError, RegistryError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"mimscale: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)

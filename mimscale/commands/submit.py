@@ -104,9 +104,9 @@ def main(argv: list[str]) -> int:
         else:
             words.append(word)
     asked = parser().parse_intermixed_args(words)
+    from mimscale.files import write_text
     from mimscale.training.launch.slurm import SlurmError, SlurmJob, submission, submit, write_script
     from mimscale.training.recipe import RecipeError, recipe_values
-    from mimscale.training.run_folder import write_beside
 
     try:
         job = SlurmJob(
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
         text = write_script(job)
         check_arguments(job)
         script = job.output / SCRIPT
-        write_beside(script, text)
+        write_text(script, text)
         print(text)
         if asked.dry_run:
             print(f"written to {script}; submit it with: {shlex.join(submission(script, asked.after))}")

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     options = parser().parse_args(argv)
     from mimscale.data import ShardError
+    from mimscale.files import write_text
     from mimscale.study.results.released import verify
     from mimscale.training.recipe import RecipeError
 
@@ -76,9 +77,7 @@ def main(argv: list[str]) -> int:
         about = (options.recipe, options.dataset, options.iterations, options.images, options.batch)
         found = verify(options.file, options.shards, *about)
         if options.json is not None:
-            beside = options.json.with_name(f".{options.json.name}.part")
-            beside.write_text(json.dumps(found, indent=1) + "\n")
-            beside.replace(options.json)
+            write_text(options.json, json.dumps(found, indent=1) + "\n")
     except (RecipeError, ShardError, ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

@@ -65,14 +65,14 @@ def permutation(count: int, seed: int, purpose: int, *more: int) -> np.ndarray:
     return order.astype(np.uint32 if count < 1 << 32 else np.int64)
 
 
-def hidden_masks(seed: int, positions: np.ndarray, grid: int, hidden: int) -> np.ndarray:
-    """Masks of exactly ``hidden`` hidden cells each, drawn without replacement.
+def random_masks(seed: int, positions: np.ndarray, grid: int, masked: int) -> np.ndarray:
+    """Masks of exactly ``masked`` masked cells each, drawn without replacement.
 
     Returns:
-        bool (len(positions), grid, grid), True = hidden.
+        bool (len(positions), grid, grid), True = masked.
     """
     cells = uniforms(seed, MASK, positions, grid * grid)
-    chosen = np.argsort(cells, axis=1, kind="stable")[:, :hidden]
+    chosen = np.argsort(cells, axis=1, kind="stable")[:, :masked]
     masks = np.zeros(cells.shape, bool)
     np.put_along_axis(masks, chosen, True, axis=1)
     return masks.reshape(len(positions), grid, grid)

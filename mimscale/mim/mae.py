@@ -1,4 +1,6 @@
-"""MAE on a ViT: encode the visible quarter of the patches, let a light transformer predict the pixels of the rest."""
+"""MAE: encode the visible quarter of the patches, let a light transformer predict the pixels of the rest."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +8,23 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from mimscale.mim.masking import expand_mask, hidden_patches
+from mimscale.masking import MAE_RATIO, MaskGeometry, visible_down
+from mimscale.mim.masking import expand_mask
+from mimscale.mim.objective import MIMObjective, check_fidelity, check_mask, zero_losses
 from mimscale.mim.output import MIMOutput, check_loss, elementwise_loss
+from mimscale.mim.settings import MAESettings
+from mimscale.mim.targets import Target, create_target, cut, join
+from mimscale.models.encoder import Encoder
 from mimscale.models.layers import XavierLinear, trunc_normal
-from mimscale.models.recompute import set_checkpoints
 from mimscale.models.vit import (
     NORM_EPSILON,
-    VisionTransformer,
     VitBlock,
     check_vit_sizes,
     drop_positions,
     run_vit_blocks,
     sincos_positions,
 )
-
-EPSILON = 1e-6
+from mimscale.torch_private import assert_async
 
 
 class MAEDecoder(nn.Module):
@@ -31,18 +35,20 @@ class MAEDecoder(nn.Module):
         dim: its own width.
         depth: blocks.
         heads: of every block.
+        outputs: numbers that are predicted of each patch.
     """
 
-    def __init__(self, encoder: VisionTransformer, dim: int, depth: int, heads: int):
+    def __init__(self, encoder: Encoder, dim: int, depth: int, heads: int, outputs: int):
         super().__init__()
         check_vit_sizes(encoder.img_size, encoder.patch_size, dim, heads)
-        self.dim, self.grid = dim, encoder.grid
-        self.embed = XavierLinear(encoder.embed_dim, dim)
+        height, width = encoder.img_size
+        self.dim, self.grid = dim, (height // encoder.patch_size, width // encoder.patch_size)
+        self.embed = XavierLinear(encoder.num_features, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         trunc_normal(self.mask_token)
         self.blocks: Any = nn.ModuleList(VitBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
-        self.pred = XavierLinear(dim, encoder.in_chans * encoder.patch_size**2)
+        self.pred = XavierLinear(dim, outputs)
 
     def forward(self, tokens: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Predict the pixels of all patches.
@@ -53,7 +59,7 @@ class MAEDecoder(nn.Module):
             grid: rows and columns of patches.
 
         Returns:
-            (B, L, patch * patch * 3), pixel by pixel.
+            (B, L, outputs), of pixels pixel by pixel.
         """
         x = self.embed(tokens)
         batch, _, dim = x.shape
@@ -71,38 +77,76 @@ class MAEDecoder(nn.Module):
         drop_positions(state, f"{prefix}pos_embed", self.dim, self.grid)
 
 
-class MAE(nn.Module):
+class MAE(MIMObjective):
     """Masked autoencoder (He et al., 2022, which the paper's section 3.1 follows strictly).
 
     Args:
-        encoder: a ViT with no classifier.
+        encoder: one that encodes visible patches alone, as a ViT, with no classifier.
         norm_pix: predict pixels normalised by the mean and variance of their own patch.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: heads of the decoder.
         loss: "l2" (MAE) or "l1".
-        mask_ratio: share of hidden patches, which an accelerator relies on; on the CPU the mask itself is counted.
+        mask_ratio: share of masked patches, which an accelerator relies on; on the CPU the mask itself is counted.
+        target: what is predicted in place of pixels; ``norm_pix`` is then of no account.
 
     Raises:
-        ValueError: an encoder that is no ViT or has a classifier; sizes that do not divide; an unknown loss.
+        ValueError: an encoder that needs all patches or has a classifier; sizes that do not divide; an unknown loss.
     """
+
+    Settings = MAESettings
+    mask_token = False
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: Encoder,
         norm_pix: bool = True,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         loss: str = "l2",
-        mask_ratio: float = 0.75,
+        mask_ratio: float = MAE_RATIO,
+        target: Target | None = None,
     ):
         super().__init__()
-        if not isinstance(encoder, VisionTransformer) or encoder.num_classes:
-            raise ValueError('MAE needs a ViT encoder without a classifier: create_encoder("vit_b", img_size=224)')
-        self.encoder = encoder
-        self.decoder = MAEDecoder(encoder, decoder_dim, decoder_depth, decoder_heads)
-        self.loss, self.norm_pix, self.mask_ratio = check_loss(loss), norm_pix, mask_ratio
+        if not encoder.takes_visible or encoder.num_classes:
+            raise ValueError(
+                "MAE needs an encoder that encodes visible patches alone, as a ViT encoder does, without a classifier: "
+                'create_encoder("vit_b", img_size=224)'
+            )
+        if target is None:
+            options = {"patch": encoder.patch_size} if norm_pix else {}
+            target = create_target("patch-normalised-pixels" if norm_pix else "raw-pixels", encoder.in_chans, **options)
+        if encoder.patch_size % target.stride:
+            raise ValueError(
+                f"the patch, {encoder.patch_size}, is not a multiple of the target's stride, {target.stride}"
+            )
+        self.encoder, self.predicts, self.cell = encoder, target, encoder.patch_size // target.stride
+        outputs = target.channels * self.cell**2
+        self.decoder = MAEDecoder(encoder, decoder_dim, decoder_depth, decoder_heads, outputs)
+        self.loss, self.mask_ratio = check_loss(loss), mask_ratio
+
+    @classmethod
+    def from_settings(cls, encoder: Encoder, settings: MAESettings) -> MAE:
+        """Make it for a recipe; see :meth:`MIMObjective.from_settings`."""
+        target = None
+        if settings.target is not None:
+            target = create_target(settings.target, encoder.in_chans, **settings.target_options)
+        return cls(
+            encoder,
+            settings.norm_pix,
+            settings.decoder_dim,
+            settings.decoder_depth,
+            settings.decoder_heads,
+            settings.loss or cls.Settings.losses["paper"],
+            settings.mask_ratio,
+            target,
+        )
+
+    @property
+    def mask_geometry(self) -> MaskGeometry:
+        """The encoder's patches, the visible rounded down."""
+        return MaskGeometry.of(self.encoder.img_size, self.encoder.patch_size, self.mask_ratio, visible_down)
 
     def encode(
         self, images: torch.Tensor, mask: torch.Tensor | None = None, draw_keys: torch.Tensor | None = None
@@ -122,12 +166,7 @@ class MAE(nn.Module):
 
     def _split(self, images: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """List the visible patches (B, K), and the place of each patch among them (B, L), K for the hidden."""
-        p = self.encoder.patch_size
-        grid = (images.shape[-2] // p, images.shape[-1] // p)
-        if mask.shape != (len(images), *grid):
-            raise ValueError(
-                f"mask must be {(len(images), *grid)} for images {tuple(images.shape)}, not {tuple(mask.shape)}"
-            )
+        check_mask(mask, images, self.encoder.patch_size)
         hidden = mask.flatten(1).bool()
         counts = hidden.sum(1)
         if mask.device.type == "cpu":
@@ -136,32 +175,22 @@ class MAE(nn.Module):
                 raise ValueError(f"MAE's masks must hide equally many patches of every image, not {counts.tolist()}")
         else:
             # Counting on an accelerator would mean waiting for it, so the number is known and checked in passing.
-            count = hidden_patches("mae", hidden.shape[1], self.mask_ratio)
+            count = visible_down(hidden.shape[1], self.mask_ratio)
             if mask.device.type == "cuda":
-                torch._assert_async((counts == count).all(), f"a mask does not hide the {count} patches of mask_ratio")
+                assert_async((counts == count).all(), f"a mask does not hide the {count} patches of mask_ratio")
         keep = hidden.shape[1] - count
         visible = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
         place = ((~hidden).cumsum(1) - 1).masked_fill(hidden, keep)
         return visible, place
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
-        """Give what is to be predicted of images (B, 3, H, W): (B, L, patch * patch * 3), in fp32 at least."""
-        patches = self._patches(images.to(torch.promote_types(images.dtype, torch.float32)))
-        if not self.norm_pix:
-            return patches
-        mean, deviation = _patch_statistics(patches)
-        return (patches - mean) / deviation
+        """Give what is to be predicted of images (B, C, H, W), as its :class:`Target` does: of pixels (B, C, H, W)."""
+        return self.predicts(images)
 
-    def _patches(self, images: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = images.shape
-        p = self.encoder.patch_size
-        patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(batch, -1, p * p * channels)
-
-    def _image(self, patches: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        p, (batch, channels, height, width) = self.encoder.patch_size, size
-        pixels = patches.view(batch, height // p, width // p, p, p, channels)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(size)
+    def baseline(self, images: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`MIMObjective.baseline`; summed patch by patch."""
+        target = cut(self.target(images), self.cell)
+        return zero_losses(target.flatten(1), mask.flatten(1).unsqueeze(-1).expand_as(target).flatten(1))
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor, draw_keys: torch.Tensor | None = None) -> MIMOutput:
         """Predict the hidden patches from the visible ones.
@@ -180,16 +209,17 @@ class MAE(nn.Module):
         visible, place = self._split(images, mask)
         tokens = self.encoder(images, visible=visible, draw_keys=draw_keys, output="tokens")
         target = self.target(images)
+        wanted = cut(target, self.cell)
         predicted = self.decoder(tokens, place, mask.shape[1:]).to(target.dtype)
         weight = mask.flatten(1).to(target.dtype)
 
         def mean(kind: str, dims: tuple[int, ...]) -> torch.Tensor:
-            each = elementwise_loss(predicted, target, kind).mean(-1)
+            each = elementwise_loss(predicted, wanted, kind).mean(-1)
             return (each * weight).sum(dims) / weight.sum(dims).clamp(min=1)
 
         return MIMOutput(
             mean(self.loss, (0, 1)),
-            lambda: self._image(predicted, images.shape),
+            lambda: join(predicted, target.shape, self.cell),
             lambda: {kind: mean(kind, (1,)) for kind in ("l1", "l2")},
         )
 
@@ -207,12 +237,9 @@ class MAE(nn.Module):
         Returns:
             (B, 3, H, W), in the space of ``images``.
         """
-        filled = prediction
-        if self.norm_pix:
-            mean, deviation = _patch_statistics(self._patches(images.double()))
-            filled = self._image(self._patches(prediction.double()) * deviation + mean, images.shape)
-        hidden = expand_mask(mask.bool(), self.encoder.patch_size).unsqueeze(1)
-        return torch.where(hidden, filled.to(images.dtype), images)
+        filled = self.predicts.pixels(prediction, images)
+        masked = expand_mask(mask.bool(), self.encoder.patch_size).unsqueeze(1)
+        return torch.where(masked, torch.zeros_like(images) if filled is None else filled, images)
 
     def no_weight_decay(self, fidelity: str = "paper") -> set[str]:
         """Name the parameters, beside vectors and biases, that weight decay leaves alone.
@@ -223,15 +250,9 @@ class MAE(nn.Module):
         Raises:
             ValueError: an unknown fidelity.
         """
-        if fidelity not in ("paper", "released"):
-            raise ValueError(f'fidelity is "paper" or "released", not "{fidelity}"')
+        check_fidelity(fidelity)
         spared = {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.mask_token"}
         return spared if fidelity == "paper" else set()
-
-    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
-        """Recompute blocks of encoder and decoder in the backward pass; ``options`` as in the encoder."""
-        self.encoder.set_grad_checkpointing(enable=enable, **options)
-        set_checkpoints(self.decoder.blocks, enable, **options)
 
     def from_released(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give weights in MAE's released names the names of this model."""
@@ -248,20 +269,14 @@ class MAE(nn.Module):
             named[name] = value
         return named
 
-    def to_released(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def to_released(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Give this model's weights MAE's released names, with the position tables that it stores."""
         named = {}
         for name, value in state.items():
             name = name.removeprefix("encoder.")
             named["mask_token" if name == "decoder.mask_token" else name.replace("decoder.", "decoder_", 1)] = value
-        grid, device = self.encoder.grid, torch.device("cpu")
-        tables = {"pos_embed": self.encoder.embed_dim, "decoder_pos_embed": self.decoder.dim}
+        grid, device = self.decoder.grid, torch.device("cpu")
+        tables = {"pos_embed": self.encoder.num_features, "decoder_pos_embed": self.decoder.dim}
         for name, dim in tables.items():
             named.setdefault(name, sincos_positions(dim, grid, grid, device, torch.float32))
         return named
-
-
-def _patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of patches (B, L, D), each (B, L, 1); the variance is unbiased."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, unbiased=True)
-    return mean, (variance + EPSILON).sqrt()

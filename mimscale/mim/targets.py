@@ -1,9 +1,62 @@
-"""What SimMIM learns to predict: pixels normalised by the mean and variance of their neighbourhood."""
+"""What is predicted of masked patches: pixels normalised by their neighbourhood, by their patch, or as they are."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mimscale.registry import targets
+
 EPSILON = 1e-6
+
+
+class Target(ABC):
+    """What an objective predicts of an image: a map.
+
+    Attributes:
+        stride: side in pixels of the square that one place of the map describes.
+        channels: numbers that describe it.
+    """
+
+    stride: int = 1
+    channels: int
+
+    def __init__(self, in_chans: int = 3):
+        """``in_chans`` is the number of channels of the images; other arguments are a recipe's ``mim.target_options``."""
+        self.channels = in_chans
+
+    @abstractmethod
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Describe normalised images (B, C, H, W): (B, channels, H / stride, W / stride), in fp32 at least."""
+
+    def pixels(self, prediction: torch.Tensor, images: torch.Tensor) -> torch.Tensor | None:
+        """Draw a prediction, so that a person can look at it.
+
+        Args:
+            prediction: (B, channels, H / stride, W / stride).
+            images: (B, C, H, W), the true ones, normalised.
+
+        Returns:
+            (B, C, H, W), in the space of ``images``; ``None`` where there is no way back to pixels.
+        """
+        return None
+
+
+def create_target(name: str, in_chans: int = 3, **options: Any) -> Target:
+    """Make a target by name.
+
+    Raises:
+        ValueError: an unknown name, or options that it does not take.
+    """
+    kind = targets.get(name)
+    known = list(inspect.signature(kind).parameters)[1:]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"the target {name} has no option {unknown[0]}; it has {', '.join(known) or 'none'}")
+    return kind(in_chans, **options)
 
 
 def _box_sum(x: torch.Tensor, window: int, dim: int) -> torch.Tensor:
@@ -62,3 +115,93 @@ def local_normalise(images: torch.Tensor, window: int) -> torch.Tensor:
     """
     mean, deviation = local_statistics(images, window)
     return ((images - mean) / deviation).to(torch.promote_types(images.dtype, torch.float32))
+
+
+def cut(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """Cut maps (B, C, H, W) into cells (B, L, side * side * C), row by row; in a cell, place by place."""
+    batch, channels, height, width = maps.shape
+    cells = maps.view(batch, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
+    return cells.reshape(batch, -1, side * side * channels)
+
+
+def join(cells: torch.Tensor, size: torch.Size, side: int) -> torch.Tensor:
+    """Put cells, as ``cut`` makes them, together to maps of ``size`` (B, C, H, W)."""
+    batch, channels, height, width = size
+    places = cells.view(batch, height // side, width // side, side, side, channels)
+    return places.permute(0, 5, 1, 3, 2, 4).reshape(size)
+
+
+class RawPixels(Target):
+    """The images as they are."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Give them in fp32 at least."""
+        return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def pixels(self, prediction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Give the prediction."""
+        return prediction.to(images.dtype)
+
+
+class NormalisedPixels(Target):
+    """Pixels normalised by their neighbourhood (section 3.1).
+
+    Args:
+        in_chans: channels of the images.
+        window: side of the neighbourhood in pixels, odd.
+
+    Raises:
+        ValueError: an even window.
+    """
+
+    def __init__(self, in_chans: int = 3, window: int = 47):
+        super().__init__(in_chans)
+        if window % 2 == 0 or window < 3:
+            raise ValueError(f"target_window must be odd and at least 3, or None, not {window}")
+        self.window = window
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See :func:`local_normalise`."""
+        return local_normalise(images, self.window)
+
+    def pixels(self, prediction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Turn back with the mean and deviation of the true image's own neighbourhoods, which the model never saw.
+
+        Colour and contrast are the image's, structure is the model's.
+        """
+        mean, deviation = local_statistics(images, self.window)
+        return (prediction.double() * deviation + mean).to(images.dtype)
+
+
+class PatchNormalisedPixels(Target):
+    """Pixels normalised by the mean and variance of their own patch (MAE's ``norm_pix``).
+
+    Args:
+        in_chans: channels of the images.
+        patch: side of the patches, pixels.
+    """
+
+    def __init__(self, in_chans: int = 3, patch: int = 16):
+        super().__init__(in_chans)
+        self.patch = patch
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise; the variance is unbiased."""
+        patches = cut(images.to(torch.promote_types(images.dtype, torch.float32)), self.patch)
+        mean, deviation = _patch_statistics(patches)
+        return join((patches - mean) / deviation, images.shape, self.patch)
+
+    def pixels(self, prediction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Turn back with the mean and deviation of the true image's own patches, which the model never saw.
+
+        Colour and contrast are the image's, structure is the model's.
+        """
+        mean, deviation = _patch_statistics(cut(images.double(), self.patch))
+        filled = cut(prediction.double(), self.patch) * deviation + mean
+        return join(filled, images.shape, self.patch).to(images.dtype)
+
+
+def _patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of patches (B, L, D), each (B, L, 1); the variance is unbiased."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, unbiased=True)
+    return mean, (variance + EPSILON).sqrt()

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimscale.models.layers import widens
+from mimscale.torch_private import softmax_backward
 
 CACHE_ELEMENTS = 2**20
 EPSILON = 1e-12  # below which a query's or key's length counts as this much
@@ -151,7 +152,7 @@ class _CosineAttention(torch.autograd.Function):
             torch.bmm(share.transpose(1, 2), incoming, out=grad_v)
             torch.bmm(incoming, v.transpose(1, 2), out=inner)
             # P * (dP - sum(dP * P)), in the buffer of dP
-            torch.ops.aten._softmax_backward_data.out(inner, share, -1, inner.dtype, grad_input=inner)
+            softmax_backward(inner, share, out=inner)
             for window in inner.view(-1, heads, tokens, tokens):
                 grad_bias += window
             torch.bmm(inner, w, out=grad_u)

@@ -1,4 +1,4 @@
-"""SimMIM's prediction heads (the paper's Table 4): from the encoder's features to pixels."""
+"""SimMIM's prediction heads (the paper's Table 4): from the encoder's features to pixels, or to what else is predicted."""
 
 from functools import partial
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 
 from mimscale.models.attention import PositionBias
+from mimscale.models.encoder import Encoder
 from mimscale.models.layers import linear
-from mimscale.models.recompute import set_checkpoints
 from mimscale.models.swin_plan import PlanCache, build_stage
 from mimscale.models.swin_v2 import SwinBlock, SwinTransformerV2, run_blocks
 
@@ -31,8 +31,8 @@ class LinearDecoder(nn.Sequential):
 
     Args:
         dim: channels of the features.
-        stride: side of the patch that each feature stands for, in pixels.
-        channels: of the images.
+        stride: side of the patch that each feature stands for, in pixels, or in places of the map that is predicted.
+        channels: of the images, or of that map.
     """
 
     def __init__(self, dim: int, stride: int, channels: int):
@@ -56,8 +56,9 @@ class LinearDecoder(nn.Sequential):
         pixels = self[0](rows).view(batch, height, width, -1).permute(0, 3, 1, 2)
         return self[1](pixels)
 
-    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
-        """Do nothing: there is next to nothing to recompute."""
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters with more than one dimension that weight decay leaves alone."""
+        return {name for name, _ in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name}
 
 
 class BlockDecoder(LinearDecoder):
@@ -69,10 +70,12 @@ class BlockDecoder(LinearDecoder):
     Args:
         encoder: whose width, heads and windows the blocks take.
         depth: number of blocks.
+        stride: as in ``LinearDecoder``.
+        channels: likewise.
     """
 
-    def __init__(self, encoder: SwinTransformerV2, depth: int):
-        super().__init__(encoder.num_features, encoder.stride, encoder.in_chans)
+    def __init__(self, encoder: SwinTransformerV2, depth: int, stride: int, channels: int):
+        super().__init__(encoder.num_features, stride, channels)
         dim, heads = encoder.num_features, encoder.num_heads[-1]
         self.blocks: Any = nn.ModuleList(SwinBlock(dim, heads, own_bias=False) for _ in range(depth))
         self.cpb_mlp = PositionBias(heads)
@@ -91,20 +94,29 @@ class BlockDecoder(LinearDecoder):
         x = plan.leave[order](x).transpose(1, 2).reshape(batch, dim, height, width)
         return super().forward(x, hidden)
 
-    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
-        """Recompute blocks in the backward pass; ``options`` as in the encoder."""
-        set_checkpoints(self.blocks, enable, **options)
 
-
-def create_decoder(name: str, encoder: SwinTransformerV2) -> LinearDecoder:
+def create_decoder(
+    name: str, encoder: Encoder, stride: int | None = None, channels: int | None = None
+) -> LinearDecoder:
     """Make the decoder for an encoder.
 
+    Args:
+        name: one of ``DECODERS``.
+        encoder: whose features it takes.
+        stride: side of what is predicted for each feature; by default the encoder's, for pixels.
+        channels: of what is predicted; by default the images'.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or blocks for an encoder that is no SwinV2.
     """
     if name not in DECODERS:
         raise ValueError(f'decoder is one of {", ".join(DECODERS)}, not "{name}"')
+    stride, channels = stride or encoder.stride, channels or encoder.in_chans
     depth = DECODERS[name]
-    if depth:
-        return BlockDecoder(encoder, depth)
-    return LinearDecoder(encoder.num_features, encoder.stride, encoder.in_chans)
+    if not depth:
+        return LinearDecoder(encoder.num_features, stride, channels)
+    if not isinstance(encoder, SwinTransformerV2):
+        raise ValueError(
+            f'decoder "{name}" is made of SwinV2 blocks, for a SwinV2 alone; "linear" goes with every encoder'
+        )
+    return BlockDecoder(encoder, depth, stride, channels)

@@ -1,17 +1,14 @@
 """Make encoders by name."""
 
+from __future__ import annotations
+
 import difflib
 import inspect
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from mimscale.models.sizes import SWIN_SIZES, VIT_SIZES, encoder_names
-from mimscale.models.swin_v2 import SwinTransformerV2
-from mimscale.models.vit import VisionTransformer
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+from mimscale.models.encoder import Encoder
+from mimscale.registry import encoders
 
 
 def create_encoder(
@@ -22,12 +19,12 @@ def create_encoder(
     drop_path: float | None = None,
     num_classes: int = 0,
     **overrides: Any,
-) -> SwinTransformerV2 | VisionTransformer:
-    """Make an encoder of the paper's Table 1 or of its MAE runs, or of any size by override.
+) -> Encoder:
+    """Make an encoder of the paper's Table 1 or of its MAE runs, one of a plug-in, or any of them at another size.
 
     Args:
         name: "swinv2_s", "swinv2_b", "swinv2_l", "swinv2_h", "swinv2_g"; "vit_b", "vit_l" (patch 16), "vit_h" (patch
-            14).
+            14); or any other that is registered.
         img_size: side of the images, or (height, width); by default 192 for SwinV2, 224 for ViT.
         window_size: SwinV2 only: of the attention, in tokens; by default 12.
         pretrained_window_size: SwinV2 only: window at pre-training, where it differed (12 for 192 to 224 px).
@@ -37,28 +34,33 @@ def create_encoder(
             takes.
 
     Returns:
-        A ``SwinTransformerV2`` or ``VisionTransformer``, freshly initialised from torch's generator. Its ``made_from``
-        are the arguments that make it again.
+        The encoder, freshly initialised from torch's generator. Its ``made_from`` are the arguments that make it again.
 
     Raises:
-        ValueError: an unknown name or override (the nearest is named), or sizes that do not divide (what fits is
-            named).
+        ValueError: an unknown name or override (the nearest is named), sizes that do not divide (what fits is named), or an
+            encoder that does not keep its contract (what it lacks is named).
     """
-    kind: Any = SwinTransformerV2 if name in SWIN_SIZES else VisionTransformer
-    size: Any = SWIN_SIZES.get(name) or VIT_SIZES.get(name)
-    if size is None:
-        raise ValueError(f'unknown encoder "{name}"; the nearest is "{_nearest(name, encoder_names())}"')
+    kind = encoders.get(name)
+    size = kind.sizes.get(name, {})
     given = {
         "img_size": img_size,
         "window_size": window_size,
         "pretrained_window_size": pretrained_window_size,
         "drop_path": drop_path,
     }
-    settings = {**asdict(size), **{key: value for key, value in given.items() if value is not None}, **overrides}
-    known = list(inspect.signature(kind).parameters)
+    settings = {
+        **(asdict(size) if is_dataclass(size) else size),  # type: ignore[arg-type]
+        **{key: value for key, value in given.items() if value is not None},
+        **overrides,
+    }
+    known = inspect.signature(kind).parameters
     for key in settings:
         if key not in known:
-            raise ValueError(f'"{name}" has no "{key}"; the nearest is "{_nearest(key, known)}"')
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ValueError(f'"{name}" has no "{key}"; the nearest is "{"".join(nearest)}"')
     encoder = kind(num_classes=num_classes, **settings)
+    encoder.check()
+    if "mask_token" in settings and settings["mask_token"] == known["mask_token"].default:
+        del settings["mask_token"]  # an objective says it of every encoder; a file says it where it matters
     encoder.made_from = {"name": name, "num_classes": num_classes, **settings}
     return encoder

@@ -13,9 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mimscale.torch_private import cpu_multiplies_bf16
+
 WEIGHT_STD = 0.02
 # Without units for it, a CPU multiplies bf16 matrices up to a hundred times slower than fp32 ones.
-CPU_MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
+CPU_MULTIPLIES_BF16 = cpu_multiplies_bf16()
 
 
 def widens(x: torch.Tensor) -> bool:

@@ -35,8 +35,3 @@ VIT_SIZES = {
     "vit_l": VitSize(16, 1024, 24, 16),
     "vit_h": VitSize(14, 1280, 32, 16),
 }
-
-
-def encoder_names() -> list[str]:
-    """List the names that ``create_encoder`` takes."""
-    return [*SWIN_SIZES, *VIT_SIZES]

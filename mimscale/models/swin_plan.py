@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mimscale.models.attention import PADDING_PENALTY, REGION_PENALTY, Positions, log_spaced
+from mimscale.models.encoder import spread_mask
 from mimscale.models.windows import (
     PADDING,
     Move,
@@ -22,6 +22,7 @@ from mimscale.models.windows import (
     window_order,
     window_regions,
 )
+from mimscale.torch_private import is_fake
 
 Plan = TypeVar("Plan")
 
@@ -49,17 +50,23 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class MapPlan:
-    """All stages, and for each token of the first the patch of the mask that it lies in."""
+    """All stages, and for each token of the first the token of the last stage that it becomes part of.
 
-    patch_of_token: torch.Tensor
-    mask_grid: tuple[int, int]
+    Attributes:
+        merged: of each token of the first stage, in its order, the number of that token of the last one.
+        merged_grid: rows and columns of the last stage.
+        stages: one after the other.
+    """
+
+    merged: torch.Tensor
+    merged_grid: tuple[int, int]
     stages: list[StagePlan]
 
     def spread_mask(self, mask: torch.Tensor, images: torch.Size) -> torch.Tensor:
-        """Give every token of the first stage the mask of its patch.
+        """Give every token of the first stage the mask of its cell.
 
         Args:
-            mask: (B, H/32, W/32), True = hidden.
+            mask: (B, h, w), True = masked: a cell is what becomes one token of the last stage, or any whole number of patches.
             images: shape of the images, for the error.
 
         Returns:
@@ -68,11 +75,9 @@ class MapPlan:
         Raises:
             ValueError: a mask of another shape.
         """
-        if mask.shape != (images[0], *self.mask_grid):
-            raise ValueError(
-                f"mask must be {(images[0], *self.mask_grid)} for images {tuple(images)}, not {tuple(mask.shape)}"
-            )
-        return mask.flatten(1).bool().index_select(1, self.patch_of_token).unsqueeze(-1)
+        if mask.shape == (images[0], *self.merged_grid):
+            return mask.flatten(1).bool().index_select(1, self.merged).unsqueeze(-1)
+        return self.stages[0].enter(spread_mask(mask, self.stages[0].size, images).flatten(1).unsqueeze(-1))
 
 
 def _positions(window: Window, reference: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Positions:
@@ -141,9 +146,9 @@ def build_plan(
     order = window_order(cuts[0])
     row, column = np.divmod(np.maximum(order, 0), grid[1])
     shrink = 2 ** (count - 1)
-    mask_grid = (-(-grid[0] // shrink), -(-grid[1] // shrink))
-    patch = (row // shrink) * mask_grid[1] + column // shrink
-    return MapPlan(torch.as_tensor(patch, device=device), mask_grid, stages)
+    merged_grid = (-(-grid[0] // shrink), -(-grid[1] // shrink))
+    merged = (row // shrink) * merged_grid[1] + column // shrink
+    return MapPlan(torch.as_tensor(merged, device=device), merged_grid, stages)
 
 
 class PlanCache:
@@ -159,7 +164,7 @@ class PlanCache:
             # A plan made in inference mode could not serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 plan = build()
-            if isinstance(torch.empty(0), FakeTensor):
+            if is_fake(torch.empty(0)):
                 return plan  # made under a tracing mode, of no use outside it
             if len(self._plans) >= self._limit:
                 self._plans.pop(next(iter(self._plans)))

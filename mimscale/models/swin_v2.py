@@ -7,17 +7,21 @@ throughout (see ``windows``), and everything that is drawn at random is drawn on
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
 from mimscale.models.attention import Positions, WindowAttention
 from mimscale.models.drop_path import KEEP_ALL, Draw, draw_branches
+from mimscale.models.encoder import Encoder, Form, as_map
 from mimscale.models.fitting import check_sizes, reference_windows
 from mimscale.models.layers import Linear, Mlp, PatchEmbed, PatchMerging, ResidualNorm, cut_patches, trunc_normal
 from mimscale.models.recompute import Checkpoint, set_checkpoints
+from mimscale.models.settings import SwinSettings
+from mimscale.models.sizes import SWIN_SIZES
 from mimscale.models.swin_plan import MapPlan, PlanCache, StagePlan, build_plan
+from mimscale.models.weights.swin_forms import SwinHuggingFace, SwinTimm
 
 
 class SwinBlock(nn.Module):
@@ -121,7 +125,7 @@ class SwinStage(nn.Module):
         self.downsample = downsample
 
 
-class SwinTransformerV2(nn.Module):
+class SwinTransformerV2(Encoder):
     """Swin Transformer V2 (the paper's Table 1 and section 3.2).
 
     Args:
@@ -144,6 +148,10 @@ class SwinTransformerV2(nn.Module):
     Raises:
         ValueError: sizes that do not divide; the message says which would fit.
     """
+
+    Settings = SwinSettings
+    sizes = SWIN_SIZES
+    exports: ClassVar[dict[str, Form]] = {"timm": SwinTimm(), "huggingface": SwinHuggingFace()}
 
     def __init__(
         self,
@@ -214,7 +222,7 @@ class SwinTransformerV2(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised, any floating dtype; H and W multiples of the patch.
-            mask: (B, H/32, W/32) bool, True where the mask token replaces the patches; or None.
+            mask: (B, h, w) bool, such as (B, H/32, W/32), True where the mask token replaces the patches of a cell; or None.
             draw_keys: (B,) int64 that the drop-path decisions derive from; None draws from torch's generator.
             output: "logits" (B, num_classes), or pooled features (B, 8C) where there is no classifier; "map"
                 (B, 8C, H/32, W/32) after the final norm; "pyramid" a list of each stage's map, before the final norm.
@@ -229,10 +237,10 @@ class SwinTransformerV2(nn.Module):
             raise ValueError(f'output is "logits", "map" or "pyramid", not "{output}"')
         maps = self._stages(images, mask, draw_keys, every=output == "pyramid")
         if output == "pyramid":
-            return [_channels_first(x, size) for x, size in maps]
+            return [as_map(x, size) for x, size in maps]
         x, size = maps[-1]
         x = self.norm(x)
-        return _channels_first(x, size) if output == "map" else self.head(x.mean(dim=1))
+        return as_map(x, size) if output == "map" else self.head(x.mean(dim=1))
 
     def _stages(
         self, images: torch.Tensor, mask: torch.Tensor | None, draw_keys: torch.Tensor | None, every: bool
@@ -314,6 +322,11 @@ class SwinTransformerV2(nn.Module):
         chosen = [maps[i] for i in wanted]
         return chosen if intermediates_only else (final, chosen)
 
+    @property
+    def trained_at(self) -> dict[str, Any]:
+        """The window, for each stage, that the position bias was trained in."""
+        return {"pretrained_window_size": [rows for rows, _ in self.references]}
+
     def no_weight_decay(self) -> set[str]:
         """Name the parameters with more than one dimension that weight decay leaves alone (the paper's intent)."""
         return {n for n, _ in self.named_parameters() if n == "mask_token" or "cpb_mlp" in n or "logit_scale" in n}
@@ -363,19 +376,14 @@ class SwinTransformerV2(nn.Module):
         Raises:
             ValueError: ``every`` below 1.
         """
-        set_checkpoints(self.blocks(), enable, every, attention_only, checkpoint_fn)
+        set_checkpoints(self.blocks, enable, every, attention_only, checkpoint_fn)
 
+    @property
     def blocks(self) -> list[SwinBlock]:
-        """List the blocks of all stages, in order."""
+        """The blocks of all stages, in order."""
         return [block for layer in self.layers for block in layer.blocks]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
         self.compiled = True
-        for block in self.blocks():
-            block.compile(**options)
-
-
-def _channels_first(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Turn tokens (B, L, C), row by row, into a map (B, C, H, W)."""
-    return x.transpose(1, 2).reshape(len(x), -1, *size)
+        super().compile_blocks(**options)

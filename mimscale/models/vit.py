@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from mimscale.models.drop_path import KEEP_ALL, Draw, draw_branches
+from mimscale.models.encoder import Encoder, Form, as_map, spread_mask
 from mimscale.models.layers import PatchProjection, XavierLinear, cut_patches, trunc_normal, xavier
 from mimscale.models.recompute import Checkpoint, set_checkpoints
+from mimscale.models.settings import VitSettings
+from mimscale.models.sizes import VIT_SIZES
+from mimscale.models.weights.vit_forms import VitTimm
 
 NORM_EPSILON = 1e-6
 
@@ -149,8 +153,10 @@ class VitPatchEmbed(nn.Module):
         return self.proj(patches)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """A vision transformer as MAE uses it: class token, fixed sine-cosine positions, pre-norm blocks.
+
+    What is masked is left out (``visible``), as MAE does it, or replaced by a mask token, as SimMIM does it.
 
     Args:
         img_size: height and width of the images, one number where they are equal.
@@ -165,10 +171,16 @@ class VisionTransformer(nn.Module):
         global_pool: what is classified: "avg", the mean of the patches through a norm of its own, which then takes the
             final norm's place (MAE's fine-tuning); "token", the class token.
         learned_positions: positions are a parameter that starts at the sine-cosine values (MAE's fine-tuning).
+        mask_token: own the token that stands for masked patches.
 
     Raises:
         ValueError: sizes that do not divide; the message says which would fit.
     """
+
+    Settings = VitSettings
+    sizes = VIT_SIZES
+    exports: ClassVar[dict[str, Form]] = {"timm": VitTimm()}
+    takes_visible = True
 
     def __init__(
         self,
@@ -183,6 +195,7 @@ class VisionTransformer(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         learned_positions: bool = False,
+        mask_token: bool = False,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -198,6 +211,11 @@ class VisionTransformer(nn.Module):
         self.patch_embed = VitPatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         trunc_normal(self.cls_token)
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            trunc_normal(self.mask_token)
+        else:
+            self.register_parameter("mask_token", None)
         self.pos_embed: nn.Parameter | None = None
         if learned_positions:
             start = sincos_positions(embed_dim, self.grid, self.grid, self.cls_token.device, self.cls_token.dtype)
@@ -216,25 +234,27 @@ class VisionTransformer(nn.Module):
     def forward(
         self,
         images: torch.Tensor,
-        visible: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         draw_keys: torch.Tensor | None = None,
         output: str = "logits",
+        visible: torch.Tensor | None = None,
     ) -> Any:
         """Run the encoder; every use goes through here, so that ZeRO-3 gathers the parameters it owns.
 
         Args:
             images: (B, 3, H, W), normalised, any floating dtype; H and W multiples of the patch.
-            visible: (B, K) int64, the patches that are encoded, counted row by row; None for all.
+            mask: (B, h, w) bool, such as (B, H/32, W/32), True where the mask token replaces the patches of a cell; or None.
             draw_keys: (B,) int64 that the drop-path decisions derive from; None draws from torch's generator.
             output: "logits" (B, num_classes), or pooled features (B, C) where there is no classifier; "tokens"
                 (B, 1 + K, C), class token first, after the final norm; "map" (B, C, H/patch, W/patch); "pyramid" the
                 map after each block, before the final norm.
+            visible: (B, K) int64, the patches that are encoded, counted row by row; None for all.
 
         Returns:
             As ``output`` says.
 
         Raises:
-            ValueError: an image of the wrong shape; an unknown output; a map of visible patches only.
+            ValueError: an image or mask of the wrong shape; an unknown output; a map of visible patches only.
         """
         if output not in ("logits", "tokens", "map", "pyramid"):
             raise ValueError(f'output is "logits", "tokens", "map" or "pyramid", not "{output}"')
@@ -242,6 +262,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f'"{output}" needs all patches, so it takes no choice of visible ones')
         grid = self._grid(images)
         x = self.patch_embed(cut_patches(images, self.patch_size))
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("this encoder was made with mask_token=False, so it takes no mask")
+            masked = spread_mask(mask, grid, images.shape).flatten(1).unsqueeze(-1)
+            x = torch.where(masked, self.mask_token, x)
         positions = self._positions(grid, x)
         x = x + positions[:, 1:]
         if visible is not None:
@@ -254,13 +279,13 @@ class VisionTransformer(nn.Module):
             maps = []
             for j in range(self.depth):
                 x = run_vit_blocks(self.blocks[j : j + 1], x, None if draws is None else draws[2 * j : 2 * j + 2])
-                maps.append(_channels_first(x, grid))
+                maps.append(as_map(x[:, 1:], grid))
             return maps
         x = run_vit_blocks(self.blocks, x, draws)
         if output == "logits":
             return self.head(self._pool(x))
         x = self.norm(x)
-        return x if output == "tokens" else _channels_first(x, grid)
+        return x if output == "tokens" else as_map(x[:, 1:], grid)
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """Pool tokens (B, L, C) before any norm to (B, C)."""
@@ -334,11 +359,17 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters with more than one dimension that weight decay leaves alone."""
-        return {"cls_token"} | ({"pos_embed"} if self.pos_embed is not None else set())
+        tokens = {"cls_token": self.cls_token, "mask_token": self.mask_token, "pos_embed": self.pos_embed}
+        return {name for name, token in tokens.items() if token is not None}
+
+    @property
+    def trained_at(self) -> dict[str, Any]:
+        """The side of the images that its positions belong to."""
+        return {"pretrained_image_size": self.img_size[0]}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters into layers: tokens and patch embedding, each block, then norm and head together."""
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+        return {"stem": r"^cls_token|^mask_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier."""
@@ -391,13 +422,7 @@ class VisionTransformer(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
         self.compiled = True
-        for block in self.blocks:
-            block.compile(**options)
-
-
-def _channels_first(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Turn tokens (B, 1 + L, C), row by row, into a map (B, C, h, w)."""
-    return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *grid)
+        super().compile_blocks(**options)
 
 
 def check_vit_sizes(image: tuple[int, int], patch: int, embed_dim: int, num_heads: int) -> None:

@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mimscale.files import write_text
 from mimscale.schema import differences, read_yaml
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.launch.slurm_queue import queued_jobs
 from mimscale.training.recipe import RecipeError, stored_recipe
-from mimscale.training.run_folder import MANIFEST, RunFolder, write_beside
+from mimscale.training.run_folder import MANIFEST, RunFolder
 
 
 @dataclass
@@ -90,7 +91,7 @@ class StudyFolder:
 
     def write(self, job: Job, record: Record) -> None:
         """Replace a job's record."""
-        write_beside(self._record(job), json.dumps(asdict(record), indent=1) + "\n")
+        write_text(self._record(job), json.dumps(asdict(record), indent=1) + "\n")
 
     def _record(self, job: Job) -> Path:
         return self.path / "jobs" / f"{job.id}.json"

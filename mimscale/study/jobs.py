@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mimscale.schema import flatten, read_yaml, settle
+from mimscale.schema import read_yaml, settle
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.training.run_folder import step_name
@@ -111,8 +111,7 @@ class Job:
 
 def recipe_digest(recipe: RunRecipe) -> str:
     """Of every key that can change a loss. Where shards lie and what is written when leaves it as it is."""
-    values, left_out = flatten(recipe.model_dump(mode="json")), recipe.free_keys | PLACES
-    kept = {key: value for key, value in values.items() if key not in left_out}
+    kept = {key: value for key, value in recipe.deciding().items() if key not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -176,7 +175,8 @@ def _pretraining(
     except RecipeError as error:
         raise StudyError(f"models.{model} in {where}: {error}") from None
     assert isinstance(recipe, Recipe)
-    heavier = "" if recipe.mim.decoder == "linear" else f"-{recipe.mim.decoder}"
+    decoder = decoder_of(recipe)
+    heavier = "" if decoder == "linear" else f"-{decoder}"
     return Job(
         id=f"{model}-{dataset}-{length}{heavier}" + (f"-seed{seed}" if seed else ""),
         launcher="pretrain",
@@ -190,6 +190,11 @@ def _pretraining(
         seed=seed,
         resources=encoder.resources.over(study.resources.over(DEFAULTS)),
     )
+
+
+def decoder_of(recipe: Recipe) -> str:
+    """SimMIM's decoder (Table 4); other objectives, which have one only, count as "linear"."""
+    return getattr(recipe.mim, "decoder", "linear")
 
 
 def _share_trunks(jobs: dict[str, Job]) -> dict[str, Job]:
@@ -228,10 +233,12 @@ def _parting(shorter: RunRecipe) -> int | None:
 
 def _finetuning(study: Study, name: str, task: Finetuning, job: Job, start: str) -> Job:
     assert isinstance(job.recipe, Recipe)
-    trained = job.recipe.model.model_dump(include={"name", "embed_dim", "depths", "num_heads", "depth"})
+    model = job.recipe.model
+    trained = model.model_dump(include={"name", *model.shape_keys})
     sizes = {f"model.{key}": value for key, value in trained.items() if value is not None}
     file = task.recipe.replace("{model}", job.model)
-    overrides = _overrides({**sizes, "train.seed": job.seed, **task.overrides})
+    plugins = {"plugins": list(job.recipe.plugins)} if job.recipe.plugins else {}
+    overrides = _overrides({**plugins, **sizes, "train.seed": job.seed, **task.overrides})
     try:
         recipe = _read(file, overrides, None)
     except RecipeError as error:
@@ -274,7 +281,7 @@ def _selected(job: Job, of: Selection) -> bool:
         (of.models, job.model),
         (of.datasets, job.dataset),
         (of.lengths, job.length),
-        (of.decoders, job.recipe.mim.decoder),
+        (of.decoders, decoder_of(job.recipe)),
         (of.seeds, job.seed),
     )
     return all(names is None or name in names for names, name in wanted)

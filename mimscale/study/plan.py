@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimscale.files import write_text
 from mimscale.schema import nearest
 from mimscale.study.counts import load, sizes
-from mimscale.study.jobs import Job, trained_alone
+from mimscale.study.jobs import Job, decoder_of, trained_alone
 from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.metrics import duration
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, Way, plan_way
 from mimscale.training.recipe import Recipe
-from mimscale.training.run_folder import write_beside
 
 
 def job_flops(job: Job) -> float:
@@ -97,7 +97,7 @@ def write_plan(study: Study, jobs: dict[str, Job], path: Path) -> None:
         }
         for job in jobs.values()
     ]
-    write_beside(path, json.dumps(rows, indent=1) + "\n")
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def _jobs_table(jobs: dict[str, Job], seconds: dict[str, float], speed: Speed) -> str:
@@ -133,7 +133,8 @@ def _memory_table(study: Study, pretraining: Sequence[Job]) -> str:
     seen: dict[str, Job] = {}
     for job in pretraining:
         assert isinstance(job.recipe, Recipe)
-        heavier = "" if job.recipe.mim.decoder == "linear" else f", {job.recipe.mim.decoder} decoder"
+        decoder = decoder_of(job.recipe)
+        heavier = "" if decoder == "linear" else f", {decoder} decoder"
         seen.setdefault(job.model + heavier, job)
     for name, job in seen.items():
         gpus = (job.resources.nodes or 1) * (job.resources.gpus or 0)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from mimscale.study.jobs import Job
+from mimscale.study.jobs import Job, decoder_of
 from mimscale.study.results.cells import length, title
 from mimscale.study.spec import Study
 from mimscale.training.schedule import decay_step
@@ -39,7 +39,7 @@ def rows(jobs: dict[str, Job]) -> list[Row]:
     for job in jobs.values():
         if job.launcher != "pretrain":
             continue
-        decoder = job.recipe.mim.decoder  # type: ignore[attr-defined]
+        decoder = decoder_of(job.recipe)  # type: ignore[arg-type]
         heavier = "" if decoder == "linear" else f", {decoder}"
         row = found.setdefault(
             (job.model, job.dataset, decoder), Row(job.model, f"{title(job.model)}, {title(job.dataset)}{heavier}")

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``step_XXXXXXXX`` with a ``checkpoint.json`` (step, data position, resolved recipe, versions, size and
 SHA-256 of every file, and its own) and the tensors, split over the ranks that wrote them. Each parameter and each of Adam's
-moments is stored whole, so any number of ranks at any ZeRO stage and precision can go on from it. Nothing is pickled.
+moments is stored whole, so any number of ranks at any ZeRO stage and precision can resume from it. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimscale.training.averaging import AVERAGE
+from mimscale.files import sync, write_text
 from mimscale.training.errors import CheckpointError
+from mimscale.training.optimizer import AVERAGE
 from mimscale.training.ranks import gather
 from mimscale.training.run_folder import MANIFEST, saved_steps, step_name
 
@@ -62,15 +62,18 @@ class Checkpoint:
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             version = manifest["format"]
-            manifest["files"], manifest["step"], manifest["shapes"]
-            if version == FORMAT and manifest.pop("sha256") != _digest(manifest):
-                raise ValueError("its own SHA-256 does not hold")
+            if version == FORMAT:
+                if manifest.pop("sha256") != _digest(manifest):
+                    raise ValueError("its own SHA-256 does not hold")
+                manifest["files"], manifest["step"], manifest["shapes"]
         except FileNotFoundError:
             raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / MANIFEST} is damaged ({error})") from None
-        if version not in (1, FORMAT):  # format 1 has no SHA-256 of the manifest
-            raise CheckpointError(f"{path} has format {version}; this mimscale reads formats 1 and {FORMAT}")
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}; this mimscale reads format {FORMAT}: resume it with the version that wrote it"
+            )
         return cls(path, manifest)
 
     @property
@@ -85,7 +88,7 @@ class Checkpoint:
         try:
             size = path.stat().st_size
             if size != entry["bytes"]:
-                return f"{path} has {size} bytes in place of {entry['bytes']}"
+                return f"{path} has {size} bytes instead of {entry['bytes']}"
             if _sha256(path) != entry["sha256"]:
                 return f"{path} has changed since it was written (SHA-256 differs)"
         except OSError as error:
@@ -136,14 +139,6 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
     """Write ``tensors`` as files of about FILE_BYTES; always consumes them all, since reading them is collective.
 
@@ -161,7 +156,7 @@ def write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]])
             name = f"rank_{rank:05d}_{len(written):03d}.safetensors"
             try:
                 save_file(chunk, folder / name)
-                _sync(folder / name)
+                sync(folder / name)
                 written[name] = {
                     "bytes": (folder / name).stat().st_size,
                     "sha256": _sha256(folder / name),
@@ -181,49 +176,6 @@ def write_chunks(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]])
     if failure is not None:
         raise failure
     return written
-
-
-def save(
-    run: Path,
-    step: int,
-    shapes: dict[str, tuple[int, ...]],
-    state: Callable[[Callable[[str], bool]], Iterable[tuple[str, Tensor]]],
-    about: dict[str, Any],
-) -> Path:
-    """Write the state after ``step`` updates beside the checkpoints, and rename it into place when it is whole.
-
-    Collective over the ranks of the default process group, which share the run's file system.
-
-    Args:
-        run: the run folder.
-        step: updates made.
-        shapes: whole shape of every parameter.
-        state: called with ``keep(name)``; yields this rank's tensors (see ``Engine.full_state``).
-        about: further entries of the manifest: recipe, data position, versions.
-
-    Raises:
-        CheckpointError: a rank could not write; the unfinished folder is removed and earlier checkpoints are untouched.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    beside = begin(run, step)
-    files, failure = {}, None
-    owner = owners(shapes, world_size)
-    try:
-        files = write_chunks(beside, rank, state(lambda name: owner[name] == rank))
-    except (OSError, SafetensorError) as error:
-        failure = f"rank {rank}: {error}"
-    gathered = gather((files, failure))
-    failures = [problem for _, problem in gathered if problem]
-    if not failures and rank == 0:
-        try:
-            commit(run, step, manifest(step, shapes, {n: e for part, _ in gathered for n, e in part.items()}, about))
-        except OSError as error:
-            failure = str(error)
-    failures += [problem for problem in gather(failure) if problem and problem not in failures]
-    if failures:
-        raise cannot_save(run, step, failures)
-    return run / "checkpoints" / step_name(step)
 
 
 def begin(run: Path, step: int) -> Path:
@@ -263,7 +215,7 @@ def cannot_save(run: Path, step: int, failures: list[str]) -> CheckpointError:
     kept = f"{step_name(before[-1])} is untouched" if before else "there is no earlier checkpoint"
     return CheckpointError(
         f"cannot save {folder / step_name(step)}: {'; '.join(failures[:3])}; {kept}. "
-        f"Make room (or mend the cause) and start the same command again: it goes on from the last checkpoint"
+        f"Make room (or mend the cause) and start the same command again: it resumes from the last checkpoint"
     )
 
 
@@ -271,19 +223,15 @@ def commit(run: Path, step: int, about: dict[str, Any]) -> None:
     """Write the manifest ``about`` and rename the written folder into place. For one rank to call."""
     folder = run / "checkpoints"
     beside = folder / f".saving_{step_name(step)}"
-    with (beside / MANIFEST).open("w") as file:
-        json.dump(about, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(beside)
+    write_text(beside / MANIFEST, json.dumps(about, indent=1), durable=True)
     target = folder / step_name(step)
     replaced = folder / f".replaced_{step_name(step)}"
     if target.exists():
-        # A damaged one of the same step: training went on from the one before it and has arrived here again.
+        # A damaged one of the same step: training resumed from the one before it and has arrived here again.
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     beside.rename(target)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -48,9 +48,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise DeepSpeedConfigError(f"{path}: the key '{twice}' stands twice; keep one")
+        duplicate = next((key for key in keys if keys.count(key) > 1), None)
+        if duplicate is not None:
+            raise DeepSpeedConfigError(f"{path}: duplicate key '{duplicate}'; keep one")
         return dict(pairs)
 
     try:

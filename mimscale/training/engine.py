@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,17 +26,17 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.utils import groups as process_groups
 
 from mimscale.models.weights.released import saved_buffers
-from mimscale.training.averaging import AVERAGE, AveragingAdamW
+from mimscale.training.deepspeed_private import drop_second_partition, inner_optimizer, link_state, masters, own_part
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.errors import CorruptedUpdateError, TrainingError
 from mimscale.training.launch.rendezvous import interface, rendezvous
+from mimscale.training.optimizer import AVERAGE, AveragingAdamW, without_gradients
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
 
-# DeepSpeed calls collectives by their former names; torch would say so several times a step.
+# DeepSpeed calls collectives by their former names; torch would warn of it several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -104,16 +104,12 @@ def on_gpu() -> bool:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: mean loss of the global batch, and the gradient's norm before clipping.
+class BatchLoss:
+    """The loss of a global batch: its mean, the ranks whose own is not finite, and whether any rank asks to stop."""
 
-    ``asked`` is whether any rank raised its flag, ``refused`` why the update was left out (``None`` where it was made).
-    """
-
-    loss: float
-    grad_norm: float
-    asked: bool = False
-    refused: str | None = None
+    mean: float
+    bad_ranks: tuple[int, ...]
+    stop_requested: bool
 
 
 class Engine:
@@ -121,7 +117,7 @@ class Engine:
 
     Args:
         build: makes the module; called where its parameters shall live (partitioned from the start under ZeRO-3). Its
-            ``encoder`` is what gets checkpointed and compiled.
+            ``encoder`` is what gets compiled; ``set_grad_checkpointing(enable, **options)`` has its blocks recomputed.
         groups: parameter groups of the built module; a group's ``lr_scale`` multiplies the step's learning rate.
         recipe: seed, optimizer settings, activation checkpointing.
         config: the reconciled DeepSpeed configuration.
@@ -153,7 +149,7 @@ class Engine:
         self.average_decay = average_decay
         # What the optimizer keeps of every parameter.
         self.kept = MOMENTS if average_decay is None else (*MOMENTS, AVERAGE)
-        # Called wherever work gets on: a watchdog may listen.
+        # Called wherever work makes progress: a watchdog may listen.
         self.touch: Callable[[], None] = lambda: None
         self.stage = zero_stage(config)
         self.accumulation: int = config["gradient_accumulation_steps"]
@@ -190,11 +186,9 @@ class Engine:
                 # They are in host memory already; DeepSpeed would empty the only copy.
                 block["cpu_checkpointing"] = False
             deepspeed.checkpointing.configure(None, deepspeed_config={**config, "activation_checkpointing": block})
-            module.encoder.set_grad_checkpointing(  # type: ignore[union-attr, operator]
-                True, checkpoint_fn=deepspeed.checkpointing.checkpoint
-            )
+            module.set_grad_checkpointing(True, checkpoint_fn=deepspeed.checkpointing.checkpoint)  # type: ignore[operator]
         elif recipe.train.activation_checkpointing:
-            module.encoder.set_grad_checkpointing(True)  # type: ignore[union-attr, operator]
+            module.set_grad_checkpointing(True)  # type: ignore[operator]
 
     def _optimizer(
         self, groups: list[dict[str, Any]], recipe: RunRecipe, config: dict[str, Any]
@@ -217,30 +211,14 @@ class Engine:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def train_step(
-        self,
-        batch: tuple[Tensor, ...],
-        lr: float,
-        flag: bool = False,
-        judge: Callable[[float], str | None] | None = None,
-        refuse: bool = False,
-    ) -> StepResult:
-        """One optimizer step on this rank's share of a global batch, in micro-batches.
+    def forward_backward(self, batch: tuple[Tensor, ...], stop_requested: bool = False) -> BatchLoss:
+        """Loss and gradients of this rank's share of a global batch, in micro-batches; :meth:`apply` or :meth:`discard` follows.
 
         Args:
             batch: tensors whose first dimension is this rank's images; each micro-batch gets its slice of every one.
-            lr: learning rate of the update.
-            flag: a wish of this rank that all shall know (``asked`` in the result), at no further communication.
-            judge: says what is wrong with the global batch's mean loss, before the update; the same on every rank.
-            refuse: leave a bad batch's update out, in place of raising.
-
-        Raises:
-            TrainingError: the loss is not finite or the judge objects, and the weights are as before the step; or the
-                gradient is not finite, and the weights are spoilt.
+            stop_requested: a wish of this rank that all shall know, at no further communication.
         """
         self.engine.train()
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index in range(self.accumulation):
             part = slice(index * self.micro, (index + 1) * self.micro)
@@ -250,34 +228,36 @@ class Engine:
             self.touch()
             if index + 1 < self.accumulation:
                 self.engine.step()
-        mean, bad, asked = self._mean_over_ranks(total, flag)
-        problem = f"the loss became {mean} on rank{'s' * (len(bad) > 1)} {_listed(bad)}" if bad else None
-        if problem is None and judge is not None:
-            problem = judge(mean)
-        if problem is not None:
-            if not refuse:
-                raise TrainingError(problem, tuple(bad))
-            with self._no_update():
-                self.engine.step()
-            return StepResult(mean, math.nan, asked, problem)
+        return self._over_ranks(total, stop_requested)
+
+    def apply(self, lr: float) -> float:
+        """Update the weights with the gradients that are there, at a learning rate.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            CorruptedUpdateError: the norm is not finite, and the weights are corrupted.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         grad_norm = self._plain_grad_norm()
         self.engine.step()
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
         norm = float(grad_norm if grad_norm is not None else math.nan)
         if not math.isfinite(norm):
-            raise CorruptedUpdateError(f"the gradient's norm became {norm} at a loss of {mean:.4g}")
-        return StepResult(mean, norm, asked)
+            raise CorruptedUpdateError(f"the gradient's norm became {norm}")
+        return norm
 
-    @contextlib.contextmanager
-    def _no_update(self) -> Iterator[None]:
-        """DeepSpeed goes through its step and clears the gradients, but the optimizer leaves weights and moments alone."""
-        inner = self.engine.basic_optimizer
-        inner.step = lambda *_, **__: None
-        try:
-            yield
-        finally:
-            del inner.step
+    def discard(self) -> None:
+        """Clear the gradients; weights, moments and their count of updates stay as they are.
+
+        DeepSpeed has no call for this: gradients that ZeRO has partitioned go only with its step. So it makes one, in which
+        the optimizer finds no gradients and passes every parameter over.
+        """
+        with without_gradients(inner_optimizer(self.engine)):
+            self.engine.step()
 
     def evaluate(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """The module's eval-mode outputs for one batch; under ZeRO-3 every rank must call it equally often."""
@@ -311,14 +291,13 @@ class Engine:
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.ranks.device, non_blocking=True)
 
-    def _mean_over_ranks(self, value: Tensor, flag: bool) -> tuple[float, list[int], bool]:
-        """The mean of a scalar over ranks, the ranks whose own value is not finite, and whether any raised its flag."""
+    def _over_ranks(self, value: Tensor, flag: bool) -> BatchLoss:
         mine = torch.stack([value, torch.full_like(value, float(flag))])
         values = [torch.zeros_like(mine) for _ in range(self.ranks.world_size)]
         dist.all_gather(values, mine)
         numbers, flags = torch.stack(values, dim=1).tolist()
-        bad = [rank for rank, number in enumerate(numbers) if not math.isfinite(number)]
-        return sum(numbers) / len(numbers), bad, any(flags)
+        bad = tuple(rank for rank, number in enumerate(numbers) if not math.isfinite(number))
+        return BatchLoss(sum(numbers) / len(numbers), bad, any(flags))
 
     def _plain_grad_norm(self) -> Tensor | None:
         # At stage 0 DeepSpeed clips without keeping the norm; ZeRO's optimizers report theirs after the step.
@@ -397,7 +376,7 @@ class Engine:
         value = self._to_device(value)
         if self.stage == 3:
             # DeepSpeed's own way from the whole to the part fails where the last part is padded.
-            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            size = own_part(parameter)
             padded = torch.nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
             part = padded[size * self.ranks.rank :][:size]
             if kind is None:
@@ -410,18 +389,9 @@ class Engine:
             deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def _prime_moments(self, steps: int) -> None:
-        """Create AdamW's state, which torch makes only at the first step, so that it can be read and set at any time.
-
-        It also has to exist before DeepSpeed links parameters to it: ZeRO-1 and 2 do that once, after the first group's
-        first step, when a later group's state would not be there yet.
-        """
-        zero, inner = self.engine.optimizer, self.engine.basic_optimizer
-        masters: Iterable[Tensor]
-        if self.stage == 3:
-            masters = zero.fp32_partitioned_groups_flat
-        else:
-            masters = [p for group in inner.param_groups for p in group["params"]]
-        for master in masters:
+        """Create AdamW's state, which torch makes only at the first step, so that it can be read and set at any time."""
+        inner = inner_optimizer(self.engine)
+        for master in masters(self.engine, self.stage):
             state = inner.state[master]
             if isinstance(inner, torch.optim.AdamW):
                 fused = inner.defaults.get("fused")
@@ -432,23 +402,16 @@ class Engine:
                 state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format)
             if self.average_decay is not None:
                 state[AVERAGE] = master.detach().clone(memory_format=torch.preserve_format)
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-            zero._lazy_init_hp_params_optimizer_state()
+        link_state(self.engine, self.stage)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         with contextlib.suppress(Exception):
             self.engine.destroy()
-        if (group := process_groups._get_zero_param_intra_parallel_group()) is not None:
-            # ZeRO++'s second partition; the next engine of this process could not make its own.
-            deepspeed.comm.destroy_process_group(group)
+        drop_second_partition()
 
 
 def _whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     # Under ZeRO-3 a parameter is an empty placeholder with its real shape beside it.
     trained = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters() if p.requires_grad}
     return trained | {name: tuple(buffer.shape) for name, buffer in saved_buffers(module).items()}
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -10,20 +10,8 @@ from mimscale.data.errors import ShardError
 Batch = TypeVar("Batch")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or used; the message names it and what to do."""
-
-
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the cause and what to do.
-
-    Attributes:
-        ranks: where the cause lies, as far as that is known.
-    """
-
-    def __init__(self, message: str, ranks: tuple[int, ...] = ()):
-        super().__init__(message)
-        self.ranks = ranks
+    """Training cannot continue; the message names the step, the cause and what to do."""
 
 
 class CorruptedUpdateError(TrainingError):
@@ -31,7 +19,7 @@ class CorruptedUpdateError(TrainingError):
 
 
 class RankLocalError(RuntimeError):
-    """Something that happened to this rank alone, so that this rank has to say it."""
+    """Something that happened to this rank alone, so that this rank has to report it."""
 
 
 def read_here(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -44,3 +32,7 @@ def read_here(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield from batches
     except (ShardError, OSError) as error:
         raise RankLocalError(str(error)) from error
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it and what to do."""

@@ -9,16 +9,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mimscale.files import write_beside
+
 GAP = 4
 HEADER = 18
 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write beside and rename, so that a viewer never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    image.save(beside, format="PNG")
-    beside.replace(path)
+    with write_beside(path) as beside:
+        image.save(beside, format="PNG")
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -14,9 +14,13 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mimscale.mim.masking import hidden_patches
+from mimscale.masking import MaskGeometry
+from mimscale.mim.settings import MIMSettings
+from mimscale.models.settings import EncoderSettings
+from mimscale.registry import RegistryError, encoders, load_plugins, objectives
 from mimscale.resources import RECIPES, Kind
 from mimscale.schema import (
+    ChosenBy,
     Document,
     Place,
     Positive,
@@ -24,6 +28,8 @@ from mimscale.schema import (
     Section,
     Share,
     Word,
+    choice,
+    flatten,
     free_keys,
     key,
     load,
@@ -80,47 +86,6 @@ class Data(Section):
     validation_images: Positive | None = key(
         None, "Validate on so many held-out images, evenly spread; null for all.", branch=True
     )
-
-
-class Model(Section):
-    """The encoder."""
-
-    name: str = key(..., "Which encoder.", "Table 1")
-    window_size: Positive = key(12, "SwinV2: side of the attention windows, tokens.", "section 3.4")
-    pretrained_window_size: int | tuple[int, int, int, int] = key(
-        0, "SwinV2: windows, of all stages or of each, that the position bias was trained in; 0 for these."
-    )
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.1, "Drop rate of the last block; it rises to that from 0.", "released code"
-    )
-    embed_dim: Positive | None = key(None, "Channels of the first stage; null for the named size's.", "Table 1")
-    depths: tuple[Positive, ...] | None = key(
-        None, "SwinV2: blocks of each stage; null for the named size's.", "Table 1"
-    )
-    num_heads: tuple[Positive, ...] | Positive | None = key(
-        None, "Attention heads, for SwinV2 of each stage; null for the named size's.", "Table 1"
-    )
-    depth: Positive | None = key(None, "ViT: blocks; null for the named size's.", "MAE")
-
-
-class MIM(Section):
-    """What is masked and what is predicted."""
-
-    objective: Literal["simmim", "mae"] = key("simmim", "Which objective.", "section 3.1")
-    loss: Literal["l1", "l2"] | None = key(
-        None, "Loss on masked pixels; null for what the fidelity has: l2 (paper), l1 (released).", "section 3.1"
-    )
-    decoder: Literal["linear", "4-blocks", "8-blocks"] = key("linear", "SimMIM: the prediction head.", "Table 4")
-    target_window: Positive | None = key(
-        47, "SimMIM: window that pixels are normalised in, pixels; null for raw pixels.", "section 3.1"
-    )
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = key(
-        None, "Share of each image that is masked; null for 0.6 (SimMIM) or 0.75 (MAE).", "section 3.1, MAE"
-    )
-    norm_pix: bool = key(True, "MAE: predict the pixels of each patch normalised.", "MAE")
-    decoder_dim: Positive = key(512, "MAE: width of the decoder.", "MAE")
-    decoder_depth: Positive = key(8, "MAE: blocks of the decoder.", "MAE")
-    decoder_heads: Positive = key(16, "MAE: attention heads of the decoder.", "MAE")
 
 
 class Optimizer(Section):
@@ -230,9 +195,37 @@ class RunRecipe(Document):
     # Keys of the data section without which there is nothing to train on, and what each is set to.
     data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
 
+    # What recipes had of every encoder and objective before each had keys of its own, with the defaults. Runs and studies from
+    # then hold all of them.
+    former: ClassVar[dict[str, Any]] = {}
+    # Keys that have come since, which make no other recipe of one that leaves them at their default.
+    added: ClassVar[dict[str, Any]] = {"plugins": []}
+
+    plugins: tuple[str, ...] = key(
+        (), "Packages to import before the rest is read: they register encoders, objectives, targets, tasks or sources."
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
+
+    @classmethod
+    def prepare(cls, values: dict[str, Any]) -> None:
+        """Import the plug-ins that ``values`` name.
+
+        Raises:
+            RecipeError: one is not there, or cannot be imported.
+        """
+        try:
+            load_plugins(values.get("plugins") or ())
+        except RegistryError as error:
+            raise RecipeError(str(error)) from None
+
+    def deciding(self) -> dict[str, Any]:
+        """Every dotted key that can change a loss, with its value, as recipes have had them from the beginning."""
+        values = flatten(self.model_dump(mode="json"))
+        kept = {name: value for name, value in values.items() if name not in self.free_keys}
+        kept = {name: value for name, value in kept.items() if name not in self.added or value != self.added[name]}
+        return self.former | kept
 
     @property
     def learning_rate(self) -> float:
@@ -265,11 +258,23 @@ class RunRecipe(Document):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
 
 
+ANY_ENCODER = {"embed_dim": None, "depths": None, "num_heads": None, "depth": None, "pretrained_window_size": 0}
+
+
 class Recipe(RunRecipe):
     """A pre-training recipe."""
 
     noun = "pre-training recipe"
     kind = "pretrain"
+    former = {f"model.{name}": value for name, value in {**ANY_ENCODER, "window_size": 12}.items()} | {
+        "mim.decoder": "linear",
+        "mim.target_window": 47,
+        "mim.norm_pix": True,
+        "mim.decoder_dim": 512,
+        "mim.decoder_depth": 8,
+        "mim.decoder_heads": 16,
+    }
+    added = RunRecipe.added | {"mim.mask_patch": 32, "mim.target": None}
 
     fidelity: Literal["paper", "released"] = key(
         "paper",
@@ -278,50 +283,58 @@ class Recipe(RunRecipe):
         "paper",
     )
     data: Data = Data()
-    model: Model
-    mim: MIM = MIM()
+    model: Annotated[EncoderSettings, ChosenBy("name", None, encoders.settings, encoders.names)]
+    mim: Annotated[MIMSettings, ChosenBy("objective", "simmim", objectives.settings, objectives.names)]
     train: PretrainTrain = PretrainTrain()
 
     @model_validator(mode="before")
     @classmethod
-    def _settle_the_objective(cls, values: Any) -> Any:
+    def _settle_the_loss(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("mim") or {}, dict):
             mim = dict(values.get("mim") or {})
-            simmim = mim.get("objective", "simmim") == "simmim"
-            if mim.get("loss") is None:
-                mim["loss"] = "l1" if simmim and values.get("fidelity") == "released" else "l2"
-            if mim.get("mask_ratio") is None:
-                mim["mask_ratio"] = 0.6 if simmim else 0.75
+            section = chosen_section(cls, "mim", mim)
+            if section is not None and mim.get("loss") is None:
+                mim["loss"] = section.losses.get(str(values.get("fidelity", "paper")))
             values = {**values, "mim": mim}
         return values
 
     @property
-    def mask_patch(self) -> int:
-        """Side in pixels of the squares that are hidden or shown: 32 for SimMIM, the encoder's patch for MAE."""
-        if self.mim.objective == "simmim":
-            return 32
-        return 14 if self.model.name == "vit_h" else 16
-
-    @property
-    def mask_grid(self) -> int:
-        """Side of the mask, in mask patches."""
-        return self.data.image_size // self.mask_patch
-
-    @property
-    def hidden(self) -> int:
-        """Mask patches hidden in each image: ceil(ratio * L) for SimMIM, L - int(L * (1 - ratio)) for MAE."""
-        return hidden_patches(self.mim.objective, self.mask_grid**2, self.mim.mask_ratio)
+    def mask(self) -> MaskGeometry:
+        """What is masked of each image."""
+        return self.mim.mask_geometry(self.model, self.data.image_size)
 
     @model_validator(mode="after")
     def _mask_patches_fit(self) -> Recipe:
-        size, patch = self.data.image_size, self.mask_patch
-        if size % patch:
-            raise PydanticCustomError(
-                "image_size",
-                "data.image_size={size} is not a multiple of the {patch}-pixel mask patch of {name}; {fits} would fit",
-                {"size": size, "patch": patch, "name": self.model.name, "fits": size // patch * patch or patch},
-            )
+        try:
+            _ = self.mask
+        except ValueError as error:
+            raise PydanticCustomError("mask", "{problem}", {"problem": str(error)}) from None
         return self
+
+
+def chosen_section(schema: type[Document], name: str, values: dict[str, Any]) -> Any:
+    """The class of a section of which there are several, that ``values`` choose; ``None`` where they choose none."""
+    chosen = choice(schema.model_fields[name])
+    try:
+        return chosen.of(values) if chosen else None
+    except ValueError:
+        return None
+
+
+def paper_recipe(model: str, **sections: dict[str, Any]) -> Recipe:
+    """A pre-training of a named encoder with the paper's settings; ``sections`` are set besides.
+
+    Raises:
+        RecipeError: there is no such encoder.
+    """
+    try:
+        paper = encoders.settings(model).paper
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
+    values: dict[str, Any] = {"model": {"name": model}}
+    for name in {*paper, *sections}:
+        values[name] = {**paper.get(name, {}), **sections.get(name, {})}
+    return resolve(values, model, Recipe)
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -343,9 +356,18 @@ def load_recipe(
 def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
     """The recipe that a run was trained with, from what its folder or a checkpoint holds.
 
+    Runs from before encoders and objectives had keys of their own hold those of all; what belongs to another is left out.
+
     Raises:
-        RecipeError: it was changed into something that is no recipe of this kind.
+        RecipeError: it was changed into something that is no recipe of this kind, or a plug-in of its is not there.
     """
+    schema.prepare(values)
+    former = [path.split(".") for path in schema.former]
+    for name in dict.fromkeys(section for section, _ in former):
+        held = values.get(name)
+        if isinstance(held, dict) and (section := chosen_section(schema, name, held)) is not None:
+            others = {leaf for _, leaf in former if leaf not in section.model_fields}
+            values = {**values, name: {leaf: value for leaf, value in held.items() if leaf not in others}}
     return resolve(values, where, schema)
 
 

@@ -1,85 +1,100 @@
 """Saving beside training: a step waits for the copy to host memory, not for the disk.
 
-Each rank copies its share of the state and goes on; a thread writes it. The first rank's thread renames the checkpoint into
-place once every rank's share lies there whole, without a word over the network: a collective from a thread would meet those
-of the training. At most one save is under way. What goes wrong is raised on all ranks at the next save or the end.
+Each rank copies its share of the state and continues; a thread writes it. The first rank's thread renames the checkpoint into
+place once every rank's share lies there whole, without using the network: a collective from a thread would meet those of the
+training. At most one save is under way. What goes wrong is raised on all ranks at the next save or the end.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mimscale.files import write_text
 from mimscale.training import checkpoint as checkpoints
-from mimscale.training.ranks import first_only, gather
-from mimscale.training.run_folder import write_beside
+from mimscale.training.ranks import Ranks, gather
 
 POLL_SECONDS = 0.05
 # Of the host memory that is free; a bigger copy is written straight from the state, as ``train.save: blocking`` does.
 COPY_SHARE = 0.5
 
+Shapes = dict[str, tuple[int, ...]]
 State = Callable[[Callable[[str], bool]], Iterable[tuple[str, Tensor]]]
 
 
+@dataclass
+class _Save:
+    """One save, until it is finished; ``thread`` is ``None`` where training waits for it."""
+
+    step: int
+    beside: Path
+    shapes: Shapes
+    about: dict[str, Any]
+    thread: threading.Thread | None = None
+    failure: str | None = None
+    written: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+
 class Saver:
-    """Writes a run's checkpoints and removes old ones. All methods are collective.
+    """Writes a run's checkpoints and removes old ones. All methods are collective, unless they say otherwise.
 
     Args:
-        run: the run folder.
+        run: the run folder, on a file system that all ranks share.
         keep: newest checkpoints that stay.
         pinned: steps that always stay.
         mode: "async" or "blocking".
+        ranks: that save together.
     """
 
-    def __init__(self, run: Path, keep: int, pinned: tuple[int, ...], mode: Literal["async", "blocking"]):
-        self.run, self.keep, self.pinned, self.mode = run, keep, pinned, mode
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._thread: threading.Thread | None = None
-        self._written, self._given_up = threading.Event(), threading.Event()
-        self._failure: str | None = None
-        self._step = 0
+    def __init__(self, run: Path, keep: int, pinned: tuple[int, ...], mode: Literal["async", "blocking"], ranks: Ranks):
+        self.run, self.keep, self.pinned, self.mode, self.ranks = run, keep, pinned, mode, ranks
+        self._save: _Save | None = None
 
-    def save(self, step: int, shapes: dict[str, tuple[int, ...]], state: State, about: dict[str, Any]) -> None:
-        """Save the state after ``step`` updates; arguments as in :func:`mimscale.training.checkpoint.save`.
+    def save(self, step: int, shapes: Shapes, state: State, about: dict[str, Any]) -> None:
+        """Save the state after ``step`` updates: written beside the checkpoints, and renamed into place when it is whole.
+
+        Args:
+            step: updates made.
+            shapes: whole shape of every parameter.
+            state: called with ``keep(name)``; yields this rank's tensors (see ``Engine.full_state``).
+            about: further entries of the manifest: recipe, data position, versions.
 
         Raises:
-            CheckpointError: this save, or the one before it, could not be written.
+            CheckpointError: this save, or the one before it, could not be written; earlier checkpoints are untouched.
         """
         self.finish()
-        copied = 12 * sum(_numel(shape) for shape in shapes.values()) / self.world_size
-        local = int(about["trained_with"]["local_ranks"])
-        fits = copied * local <= COPY_SHARE * psutil.virtual_memory().available
-        if self.mode == "blocking" or not all(gather(fits)):
-            checkpoints.save(self.run, step, shapes, state, about)
-            first_only(lambda: checkpoints.rotate(self.run, self.keep, self.pinned))
-            return
-        beside = checkpoints.begin(self.run, step)
-        owner = checkpoints.owners(shapes, self.world_size)
-        copy = list(state(lambda name: owner[name] == self.rank))
-        self._step, self._failure = step, None
-        self._written, self._given_up = threading.Event(), threading.Event()
-        self._thread = threading.Thread(
-            target=self._write, args=(beside, copy, shapes, about), name="saver", daemon=True
-        )
-        self._thread.start()
+        copied = 12 * sum(math.prod(shape) for shape in shapes.values()) / self.ranks.world_size
+        fits = copied * self.ranks.local_world_size <= COPY_SHARE * psutil.virtual_memory().available
+        beside = self.mode == "async" and all(gather(fits))
+        save = self._save = _Save(step, checkpoints.begin(self.run, step), shapes, about)
+        owner = checkpoints.owners(shapes, self.ranks.world_size)
+        share = state(lambda name: owner[name] == self.ranks.rank)
+        if beside:
+            copy = list(share)
+            save.thread = threading.Thread(target=self._write_and_commit, args=(save, copy), name="saver", daemon=True)
+            save.thread.start()
+        else:
+            self._write(save, share)
+            self.finish()
 
     def has_failed(self) -> bool:
         """Whether this rank's share could not be written; :meth:`finish` raises it. Not collective."""
-        return self._thread is not None and self._failure is not None
+        return self._save is not None and self._save.failure is not None
 
     def is_writing(self) -> bool:
-        """Whether this rank's thread still writes."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether this rank's thread still writes. Not collective."""
+        return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
 
     def finish(self) -> None:
         """Wait until nothing is being saved.
@@ -87,52 +102,51 @@ class Saver:
         Raises:
             CheckpointError: the save that was under way failed; earlier checkpoints are untouched.
         """
-        if self._thread is None:
+        if (save := self._save) is None:
             return
-        self._written.wait()
-        failures = [failure for failure in gather(self._failure) if failure]
+        save.written.wait()
+        failures = [failure for failure in gather(save.failure) if failure]
         if failures:
-            self._given_up.set()
-        self._thread.join()
-        self._thread = None
-        failures += [failure for failure in gather(self._failure) if failure and failure not in failures]
+            save.given_up.set()
+        if save.thread is not None:
+            save.thread.join()
+        elif not failures:
+            self._commit(save)
+        self._save = None
+        failures += [failure for failure in gather(save.failure) if failure and failure not in failures]
         if failures:
-            raise checkpoints.cannot_save(self.run, self._step, failures)
+            raise checkpoints.cannot_save(self.run, save.step, failures)
 
-    def _write(
-        self, beside: Path, copy: list[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], about: dict[str, Any]
-    ) -> None:
-        try:
-            files = checkpoints.write_chunks(beside, self.rank, copy)
-            write_beside(beside / _share(self.rank), json.dumps(files))
-        except (OSError, SafetensorError) as error:
-            self._failure = f"rank {self.rank}: {error}"
+    def _write_and_commit(self, save: _Save, copy: list[tuple[str, Tensor]]) -> None:
+        self._write(save, copy)
         copy.clear()
-        self._written.set()
-        if self.rank == 0 and self._failure is None:
-            try:
-                self._commit(beside, shapes, about)
-            except (OSError, ValueError) as error:
-                self._failure = str(error)
+        if save.failure is None:
+            self._commit(save)
 
-    def _commit(self, beside: Path, shapes: dict[str, tuple[int, ...]], about: dict[str, Any]) -> None:
-        shares = [beside / _share(rank) for rank in range(self.world_size)]
-        while not all(share.exists() for share in shares):
-            if self._given_up.wait(POLL_SECONDS):
-                shutil.rmtree(beside, ignore_errors=True)
-                return
-        files = {name: entry for share in shares for name, entry in json.loads(share.read_text()).items()}
-        for share in shares:
-            share.unlink()
-        checkpoints.commit(self.run, self._step, checkpoints.manifest(self._step, shapes, files, about))
-        checkpoints.rotate(self.run, self.keep, self.pinned)
+    def _write(self, save: _Save, share: Iterable[tuple[str, Tensor]]) -> None:
+        try:
+            files = checkpoints.write_chunks(save.beside, self.ranks.rank, share)
+            write_text(save.beside / _share(self.ranks.rank), json.dumps(files))
+        except (OSError, SafetensorError) as error:
+            save.failure = f"rank {self.ranks.rank}: {error}"
+        save.written.set()
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+    def _commit(self, save: _Save) -> None:
+        if not self.ranks.is_first:
+            return
+        shares = [save.beside / _share(rank) for rank in range(self.ranks.world_size)]
+        try:
+            while not all(share.exists() for share in shares):
+                if save.given_up.wait(POLL_SECONDS):
+                    shutil.rmtree(save.beside, ignore_errors=True)
+                    return
+            files = {name: entry for share in shares for name, entry in json.loads(share.read_text()).items()}
+            for share in shares:
+                share.unlink()
+            checkpoints.commit(self.run, save.step, checkpoints.manifest(save.step, save.shapes, files, save.about))
+            checkpoints.rotate(self.run, self.keep, self.pinned)
+        except (OSError, ValueError) as error:
+            save.failure = str(error)
 
 
 def _share(rank: int) -> str:

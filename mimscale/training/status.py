@@ -63,7 +63,7 @@ def _state(run: Path) -> tuple[str, str]:
     silent = [beat for beat in beats if beat.is_silent(now)]
     if len(silent) == len(beats):
         newest = max(beats, key=lambda beat: beat.beat)
-        return "ended without a word", f"last sign of life {duration(now - newest.beat)} ago: {newest.place}"
+        return "died without reporting an error", f"last sign of life {duration(now - newest.beat)} ago: {newest.place}"
     if silent:
         return "stalled", "no life: " + "; ".join(beat.place for beat in silent[:4])
     slowest = min(beats, key=lambda beat: (beat.step, beat.since))

@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.pictures import loss_curves
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
+
+if TYPE_CHECKING:
+    from mimscale.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """A validation: the figures for ``metrics.jsonl`` (keys ``val_...``), one line to say, pictures by name."""
+    """A validation: the figures for ``metrics.jsonl`` (keys ``val_...``), one line to report, pictures by name."""
 
     record: dict[str, float]
     text: str
@@ -92,7 +94,8 @@ class Task(ABC):
         """The module to train, called where its parameters shall live.
 
         In training mode it maps a batch's tensors to the mean loss (a scalar tensor), in eval mode to a tuple of tensors.
-        Its ``encoder`` speaks timm's dialect.
+        Its ``encoder`` speaks timm's dialect. ``set_grad_checkpointing(enable, **options)`` has all blocks recomputed in the
+        backward pass; they say so by an attribute ``checkpoint`` that is not ``None``.
         """
 
     @abstractmethod

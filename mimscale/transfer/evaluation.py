@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.data import ShardError
+from mimscale.files import write_text
 from mimscale.models.weights.released import load_released
 from mimscale.schema import apply_override, find, parse_override
 from mimscale.training.engine import start_ranks, stop_ranks
 from mimscale.training.pictures import save_png
 from mimscale.training.recipe import RecipeError
-from mimscale.training.run_folder import step_name, write_beside
+from mimscale.training.run_folder import step_name
 from mimscale.training.task import PlainEvaluator
 from mimscale.transfer.load import is_run, load_run
 from mimscale.transfer.recipe import FinetuneRecipe, find_task, load_finetune_recipe, task_schemas
@@ -59,7 +60,7 @@ def evaluate(
             return None
         record = {"step": step, **found.record}
         result = {"source": source, **task.result([record])}
-        write_beside(output / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
         for name, picture in found.pictures.items():
             save_png(picture, output / name / f"{step_name(step)}.png")
         print(found.text)

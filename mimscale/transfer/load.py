@@ -15,14 +15,13 @@ from torch import Tensor
 
 from mimscale.data.decode import rgb_of
 from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
+from mimscale.models.encoder import Encoder
 from mimscale.models.preprocessing import Preprocessing, preprocessing_of
-from mimscale.models.swin_v2 import SwinTransformerV2
-from mimscale.models.vit import VisionTransformer
 from mimscale.models.weights.export import load, remade, without_head
 from mimscale.models.weights.released import all_weights
 from mimscale.training.checkpoint import Checkpoint, open_newest
 from mimscale.training.pretraining.module import build_objective, normalise
-from mimscale.training.recipe import RecipeError, stored_recipe
+from mimscale.training.recipe import RecipeError, RunRecipe, stored_recipe
 from mimscale.transfer.recipe import find_task
 
 Picture = Image.Image | np.ndarray
@@ -102,7 +101,7 @@ class LoadedRun:
         with torch.device("meta"):
             return self.build()
 
-    def encoder(self) -> Any:
+    def encoder(self) -> Encoder:
         """The trained encoder, with its classifier where it has one."""
         return self.module().encoder
 
@@ -149,13 +148,14 @@ def load_run(source: str | Path, step: int | None = None, data: dict[str, Any] |
     checkpoint = open_newest(found[0], found[1] if step is None else step)
     values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
     values = {**values, "data": {**values["data"], **(data or {})}}
+    RunRecipe.prepare(values)  # a task may be a plug-in's
     if "mim" in values:
         return LoadedRun(checkpoint, stored_recipe(values, where), None)
     kind = find_task(values.get("task"))
     return LoadedRun(checkpoint, stored_recipe(values, where, kind.schema), kind)
 
 
-def load_encoder(source: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
+def load_encoder(source: str | Path, **overrides: Any) -> Encoder:
     """The encoder of a run or of an exported file; see :func:`mimscale.load`."""
     if not is_run(source):
         if not Path(source).exists():

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mimscale.data import EvaluationStream, ShardIndex
+from mimscale.files import write_beside
 from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, without_head
 from mimscale.models.weights.released import load_released
@@ -131,10 +132,8 @@ def features(
             values.append(pooled.float().cpu()[images.valid])
             labels.append(images.labels[images.valid])
     found = Features(torch.cat(values), torch.cat(labels))
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    save_file({"values": found.values, "labels": found.labels}, beside)
-    beside.replace(path)
+    with write_beside(path) as beside:
+        save_file({"values": found.values, "labels": found.labels}, beside)
     return found
 
 

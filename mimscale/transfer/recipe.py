@@ -1,41 +1,22 @@
 """Fine-tuning recipes: what they all hold, and how a file's ``task`` finds its kind.
 
-A recipe file says ``task: classification`` (or another of ``TASKS``). Each task is a subclass of ``TransferTask`` (see
+A recipe file says ``task: classification``, or another that is registered. Each task is a subclass of ``TransferTask`` (see
 ``mimscale.transfer.task``) whose ``schema`` is a subclass of :class:`FinetuneRecipe` with the sections of its own.
 """
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from mimscale.models.settings import EncoderSettings
+from mimscale.registry import RegistryError, encoders, tasks
 from mimscale.resources import FINETUNE_RECIPES
-from mimscale.schema import ChosenBy, Positive, Section, check_kind, key, parse_override
-from mimscale.training.recipe import Model, RecipeError, RunRecipe, load_recipe, recipe_values
-
-# task -> (package, the class in its ``task``, the one in its ``recipe``); imported only when it is the one that is asked for,
-# and its recipe alone where nothing is trained.
-TASKS = {
-    "classification": ("mimscale.transfer.classification", "Classification", "ClassificationRecipe"),
-    "detection": ("mimscale.transfer.detection", "Detection", "DetectionRecipe"),
-    "segmentation": ("mimscale.transfer.segmentation", "Segmentation", "SegmentationRecipe"),
-}
-
-
-class TransferModel(Model):
-    """The encoder, at the task's image size."""
-
-    window_size: Positive = key(14, "SwinV2: side of the attention windows, tokens.", "section 3.5")
-    pretrained_image_size: Positive | None = key(
-        None, "Side of the images that its positions were trained at, pixels; null for the task's own."
-    )
-    extra_norm_every: Annotated[int, Field(ge=0)] = key(
-        0, "SwinV2: k, for released weights with one more norm after every k-th block of a stage; 0 for none."
-    )
+from mimscale.schema import ChosenBy, Section, apply_override, check_kind, key, parse_override
+from mimscale.training.recipe import ANY_ENCODER, RecipeError, RunRecipe, load_recipe, recipe_values
 
 
 class Finetune(Section):
@@ -52,6 +33,16 @@ class Finetune(Section):
     )
 
 
+def transfer_settings(name: str) -> type[EncoderSettings]:
+    """The ``model`` section of a fine-tuning of that encoder.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    section = encoders.settings(name)
+    return section.transfer or section
+
+
 class FinetuneRecipe(RunRecipe):
     """What the recipes of all fine-tuning tasks hold; each adds a ``data`` section and what else it needs.
 
@@ -61,10 +52,19 @@ class FinetuneRecipe(RunRecipe):
     noun = "fine-tuning recipe"
     kind = "finetune"
     files = FINETUNE_RECIPES
+    former: ClassVar[dict[str, Any]] = {
+        f"model.{name}": value
+        for name, value in {
+            **ANY_ENCODER,
+            "window_size": 14,
+            "pretrained_image_size": None,
+            "extra_norm_every": 0,
+        }.items()
+    }
     pad_windows: ClassVar[bool] = False
 
     task: str = key(..., "Which task.", "section 3.5")
-    model: TransferModel
+    model: Annotated[EncoderSettings, ChosenBy("name", None, transfer_settings, encoders.names)]
     finetune: Finetune = Finetune()
 
 
@@ -74,15 +74,11 @@ def find_task(name: object) -> Any:
     Raises:
         RecipeError: there is none (the nearest is named), or it needs a package that is not installed.
     """
-    package, attribute, _ = _entry(name)
+    check_task(name)
     try:
-        return getattr(import_module(f"{package}.task"), attribute)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mimscale"):
-            raise
-        raise RecipeError(
-            f"task {name} needs {error.name}, which is not installed: pip install 'mimscale[dense]'"
-        ) from None
+        return tasks.get(str(name))
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
 
 
 def schema_of(name: object) -> type[FinetuneRecipe]:
@@ -91,30 +87,33 @@ def schema_of(name: object) -> type[FinetuneRecipe]:
     Raises:
         RecipeError: there is no such task; the nearest is named.
     """
-    package, _, attribute = _entry(name)
-    return getattr(import_module(f"{package}.recipe"), attribute)
+    check_task(name)
+    try:
+        return tasks.settings(str(name))
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
 
 
-def _entry(name: object) -> tuple[str, str, str]:
+def check_task(name: object) -> None:
+    """Raise unless a task is named.
+
+    Raises:
+        RecipeError: saying which there are.
+    """
     if name is None:
-        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(TASKS)}")
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), list(TASKS), n=1, cutoff=0.6)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(f"unknown task '{name}'; {hint}There are {', '.join(TASKS)}")
-    return TASKS[str(name)]
+        raise RecipeError(f"a fine-tuning recipe says which 'task' it is for: {', '.join(tasks.names())}")
 
 
 def task_schemas() -> list[type[FinetuneRecipe]]:
     """The kinds of recipe of all tasks."""
-    return [schema_of(name) for name in TASKS]
+    return [schema_of(name) for name in tasks.names()]
 
 
 # All tasks' recipes, told apart by their ``task``.
-RECIPES = ChosenBy("task", None, schema_of, lambda: list(TASKS))
+RECIPES = ChosenBy("task", None, schema_of, tasks.names)
 
 
-def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> type[FinetuneRecipe]:
+def recipe_schema(path: str | Path, overrides: Sequence[str] = ()) -> type[FinetuneRecipe]:
     """The kind of recipe that a file holds.
 
     Raises:
@@ -122,16 +121,17 @@ def recipe_schema(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """
     values = recipe_values(path, FINETUNE_RECIPES)
     check_kind(values, str(path), FinetuneRecipe)
-    name = values.get("task")
     for override in overrides:
-        path_set, text = parse_override(override, FinetuneRecipe)
-        name = text if path_set == "task" else name
+        name, _ = parse_override(override, FinetuneRecipe)
+        if name in ("task", "plugins"):
+            apply_override(values, override, FinetuneRecipe)
+    FinetuneRecipe.prepare(values)  # a task may be a plug-in's
     try:
-        return schema_of(name)
+        return schema_of(values.get("task"))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 
 
-def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
     """Read a fine-tuning recipe of any task; see :func:`mimscale.training.recipe.load_recipe`."""
     return load_recipe(path, overrides, recipe_schema(path, overrides))

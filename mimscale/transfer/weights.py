@@ -17,21 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale.models import create_encoder
-from mimscale.models.fitting import windows_at
-from mimscale.models.swin_v2 import SwinTransformerV2
-from mimscale.models.vit import VisionTransformer
+from mimscale.models import Encoder, create_encoder
 from mimscale.models.weights.export import exported_settings
+from mimscale.models.weights.recognise import stored_windows
 from mimscale.models.weights.released import match_checkpoint, read_checkpoint, released_names
 from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.recipe import RecipeError
 from mimscale.transfer.load import is_run, load_run
-from mimscale.transfer.recipe import FinetuneRecipe, TransferModel
+from mimscale.transfer.recipe import FinetuneRecipe
 
 HEADS = ("head.", "fc_norm.")
 
 
-def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, pad_windows: bool = False) -> Any:
+def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, pad_windows: bool = False) -> Encoder:
     """The recipe's encoder, without a mask token.
 
     Args:
@@ -44,48 +42,16 @@ def make_encoder(recipe: FinetuneRecipe, image_size: int, num_classes: int = 0, 
         RecipeError: the sizes do not fit together; the message says what would.
     """
     model = recipe.model
-    settings: dict[str, Any] = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in model.model_dump(include={"embed_dim", "depths", "num_heads", "depth"}).items()
-        if value is not None
-    }
-    if model.name.startswith("swin"):
-        settings |= {
-            "img_size": image_size,
-            "window_size": model.window_size,
-            "pretrained_window_size": _pretrained_windows(model),
-            "mask_token": False,
-            "extra_norm_every": model.extra_norm_every,
-            "pad_windows": pad_windows,
-        }
-    else:
-        settings["img_size"] = model.pretrained_image_size or image_size
     try:
-        return create_encoder(model.name, drop_path=model.drop_path, num_classes=num_classes, **settings)
+        arguments = model.arguments(image_size, any_size=pad_windows)
+        return create_encoder(model.name, num_classes=num_classes, mask_token=False, **arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None
 
 
-def task_encoder(recipe: Any, num_classes: int = 0) -> Any:
+def task_encoder(recipe: Any, num_classes: int = 0) -> Encoder:
     """The encoder that a recipe's task trains, at the size of its training images; see :func:`make_encoder`."""
     return make_encoder(recipe, recipe.data.image_size, num_classes, recipe.pad_windows)
-
-
-def _pretrained_windows(model: TransferModel) -> int | tuple[int, ...]:
-    """The window of each stage at pre-training, which the task's own maps do not tell; 0 for the task's own.
-
-    Raises:
-        RecipeError: one window, but not for which images.
-    """
-    window = model.pretrained_window_size
-    if not isinstance(window, int) or not window:
-        return window
-    if model.pretrained_image_size is None:
-        raise RecipeError(
-            f"model.pretrained_window_size={window} takes model.pretrained_image_size, the side of the images that it was "
-            f"pre-trained on (192 in the paper): windows were clipped to the maps of those images"
-        )
-    return windows_at(model.pretrained_image_size, window)
 
 
 def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]:
@@ -114,13 +80,13 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         exported = exported_settings(source)
         if exported is not None:
             with torch.device("meta"):
-                _check_sizes(source, create_encoder(**exported), encoder)
-        elif (windows := _stored_windows(stored)) is not None:
-            _check_windows(source, windows, encoder)
+                _check_sizes(source, create_encoder(**exported).trained_at, encoder)
+        elif (windows := stored_windows(stored)) is not None:
+            _check_sizes(source, {"pretrained_window_size": windows}, encoder)
         return matched.get
     run = load_run(source)
     checkpoint, prefix = run.checkpoint, run.prefix
-    _check_sizes(str(checkpoint.path), run.meta_module.encoder, encoder)
+    _check_sizes(str(checkpoint.path), run.meta_module.encoder.trained_at, encoder)
     shapes = {
         name.removeprefix(prefix): torch.empty(shape, device="meta")
         for name, shape in checkpoint.manifest["shapes"].items()
@@ -136,48 +102,20 @@ def _match(encoder: Any, state: Mapping[str, Tensor], source: str) -> dict[str, 
     return match_checkpoint(encoder, bare, source)
 
 
-def _check_sizes(source: str, before: Any, encoder: Any) -> None:
+def _check_sizes(source: str, trained_at: Mapping[str, Any], encoder: Encoder) -> None:
     """Compare the sizes that weights were trained at, which no shape shows, with what ``encoder`` takes them for.
 
     Args:
         source: of the weights, for the error.
-        before: the encoder that they were trained in.
+        trained_at: of the encoder that they were trained in.
         encoder: the task's.
 
     Raises:
         CheckpointError: positions would be evaluated as if they had been trained at another size.
     """
-    if isinstance(before, SwinTransformerV2) and isinstance(encoder, SwinTransformerV2):
-        _check_windows(source, [rows for rows, _ in before.references], encoder)
-        return
-    both_vit = isinstance(before, VisionTransformer) and isinstance(encoder, VisionTransformer)
-    if both_vit and before.img_size != encoder.img_size:
-        raise CheckpointError(
-            f"{source} was trained on images of {before.img_size[0]} px, but the recipe has it of "
-            f"{encoder.img_size[0]}: set model.pretrained_image_size={before.img_size[0]}"
-        )
-
-
-def _check_windows(source: str, trained: list[int], encoder: Any) -> None:
-    taken = [rows for rows, _ in encoder.references]
-    if trained != taken:
-        raise CheckpointError(
-            f"{source} was trained in windows of {trained}, but the recipe has it of {taken}: set "
-            f"model.pretrained_window_size={trained}"
-        )
-
-
-def _stored_windows(state: Mapping[str, Tensor]) -> list[int] | None:
-    """The windows that the tables of a released SwinV2 were made for, one for each stage; ``None`` where none are stored.
-
-    A table's last entry is that of the largest offset, w - 1: log2(1 + 8 (w - 1) / (r - 1)) / 3 for a bias that was trained
-    in windows of r.
-    """
-    windows = []
-    for name, table in sorted(state.items()):
-        if name.endswith(".blocks.0.attn.relative_coords_table"):
-            reach = 2 ** (3 * float(table.flatten()[-1])) - 1
-            if reach <= 0:
-                return None
-            windows.append(1 + round(8 * ((table.shape[1] + 1) // 2 - 1) / reach))
-    return windows or None
+    taken = encoder.trained_at
+    for key, value in trained_at.items():
+        if key in taken and taken[key] != value:
+            raise CheckpointError(
+                f"{source} was trained with {key} {value}, but the recipe makes it {taken[key]}: set model.{key}={value}"
+            )

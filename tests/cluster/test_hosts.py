@@ -43,5 +43,5 @@ def test_a_link_cut_in_mid_step_ends_the_run_with_who_is_silent_and_the_next_sta
         process = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, **pipes)
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 0, output[-3000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)

@@ -137,7 +137,7 @@ def test_a_requeued_job_writes_the_losses_of_the_uninterrupted_run(life, undistu
     log = (life / "requeued" / "slurm.log").read_text()
     assert ended(life, "requeued") == ("COMPLETED", "1"), log
     assert "stopped by SIGTERM" in log
-    assert "going on from" in log
+    assert "resuming from" in log
     assert losses(life / "requeued") == pytest.approx(losses(undisturbed), rel=1e-5)  # another number of threads
 
 
@@ -145,7 +145,7 @@ def test_a_job_cut_by_its_time_limit_goes_on_by_itself_and_writes_the_same_losse
     log = (life / "limited" / "slurm.log").read_text()
     assert ended(life, "limited") == ("COMPLETED", "1"), log
     assert "stopped by SIGUSR1" in log
-    assert "going on from" in log
+    assert "resuming from" in log
     assert losses(life / "limited") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 

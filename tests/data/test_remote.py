@@ -113,7 +113,7 @@ def test_a_server_killed_in_mid_transfer_is_an_error_that_names_the_shard(photo_
 
         def kill_in_mid_transfer():
             deadline = time.monotonic() + 30
-            while not list(tmp_path.rglob(f"{name}.partial*")) and time.monotonic() < deadline:
+            while not list(tmp_path.rglob(f"*{name}.partial*")) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.2)
             server.kill()

@@ -130,7 +130,7 @@ def test_batches_hold_what_they_say(solar):
     assert (batch.draw_keys >= 0).all() and batch.draw_keys.unique().numel() == 6
     assert draws.draw_keys(0, batch.positions.numpy()).tolist() == batch.draw_keys.tolist()
     bicubic = CropSpec(224, interpolation="bicubic")
-    mae = next(iter(MIMStream(solar, "10", global_batch=2, mask_grid=14, hidden=147, crops=bicubic)))
+    mae = next(iter(MIMStream(solar, "10", global_batch=2, mask_grid=14, masked=147, crops=bicubic)))
     assert mae.mask.shape == (2, 14, 14) and (mae.mask.sum((1, 2)) == 147).all()
 
 
@@ -199,7 +199,7 @@ def test_validation_crops_are_torchvisions(photos, photographs):
         ({"rank": 2, "world_size": 2}, "rank=2"),
         ({"fraction": "30"}, "no fraction '30'; it has 10, 20, 50, 100, val"),
         ({"image_size": 200}, "no multiple of 32"),
-        ({"hidden": 40}, "hidden=40 of a 6 x 6 grid"),
+        ({"masked": 40}, "masked=40 of a 6 x 6 grid"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_named(solar, arguments, said):
@@ -404,7 +404,7 @@ def test_draws_are_uniform_and_uncorrelated():
     assert np.abs(numbers.mean(0) - 0.5).max() < 0.01 and np.abs(numbers.var(0) - 1 / 12).max() < 0.003
     assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.03
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.03
-    masks = draws.hidden_masks(0, np.arange(20_000), 6, 22)
+    masks = draws.random_masks(0, np.arange(20_000), 6, 22)
     assert np.abs(masks.mean(0) - 22 / 36).max() < 0.015
     first = np.array([draws.permutation(50, seed, draws.ORDER, 0)[0] for seed in range(5000)])
     assert np.bincount(first, minlength=50).min() > 60

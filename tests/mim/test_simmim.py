@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from reference_photographs import photographs, random_mask
 from reference_swin_v2 import normalised_target
 
-from mimscale.mim import SimMIM, hidden_patches, local_normalise, mask_grid
+from mimscale.masking import MAE_RATIO, SIMMIM_RATIO, MaskGeometry, masked_up, visible_down
+from mimscale.mim import SimMIM, local_normalise
 from mimscale.models import create_encoder
 
 
@@ -20,16 +21,16 @@ def small(**overrides):
 
 
 def test_masks_hide_what_the_papers_hide():
-    assert hidden_patches("simmim", 36) == 22
-    assert hidden_patches("simmim", 35, 0.6) == 21
-    assert hidden_patches("mae", 196) == 147
-    assert hidden_patches("mae", 256) == 192
-    assert mask_grid("simmim", 192) == (6, 6)
-    assert mask_grid("mae", (224, 112), 16) == (14, 7)
-    with pytest.raises(ValueError, match="whole patches of 32"):
-        mask_grid("simmim", 200)
-    with pytest.raises(ValueError, match="simmim"):
-        hidden_patches("simmin", 36)
+    assert masked_up(36, SIMMIM_RATIO) == 22
+    assert masked_up(35, 0.6) == 21
+    assert visible_down(196, MAE_RATIO) == 147
+    assert visible_down(256, MAE_RATIO) == 192
+    assert MaskGeometry.of(192, 32, SIMMIM_RATIO) == MaskGeometry(32, (6, 6), 22)
+    assert MaskGeometry.of((224, 112), 16, MAE_RATIO, visible_down) == MaskGeometry(16, (14, 7), 74)
+    with pytest.raises(ValueError, match="200 is not a multiple of the 32-pixel mask patch; 192 would fit"):
+        MaskGeometry.of(200, 32, SIMMIM_RATIO)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        MaskGeometry.of(192, 32, 1.0)
 
 
 @pytest.mark.parametrize("window", [47, 15])

@@ -12,6 +12,7 @@ from reference_swin_v2 import normalised_target, pixels, released_checkpoint, si
 from safetensors.torch import save_file
 
 from mimscale.mim import SimMIM
+from mimscale.mim.targets import create_target
 from mimscale.models import CheckpointMismatch, create_encoder, load_released
 
 HEADS = (2, 2, 4, 4)
@@ -58,7 +59,9 @@ def test_a_released_checkpoint_gives_the_reference_features_and_losses(
         assert features.dtype == dtype
         assert (features - expected).norm() <= within * expected.norm()
         for kind, target_window in itertools.product(("l1", "l2"), targets):
-            model.loss, model.target_window = kind, target_window
+            raw, options = target_window is None, {} if target_window is None else {"window": target_window}
+            model.loss = kind
+            model.predicts = create_target("raw-pixels" if raw else "normalised-pixels", **options)
             loss = simmim_loss(prediction, targets[target_window], mask, kind).item()
             with torch.no_grad():
                 for output in (model.eval()(x, mask), model.train()(x, mask)):

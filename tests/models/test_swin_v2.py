@@ -175,7 +175,7 @@ def test_sizes_that_do_not_fit_are_errors_that_say_what_would(settings, message)
 
 
 def test_an_unknown_name_is_an_error_that_names_the_nearest():
-    with pytest.raises(ValueError, match='the nearest is "swinv2_b"'):
+    with pytest.raises(ValueError, match="did you mean 'swinv2_b'"):
         create_encoder("swin_v2_b")
 
 

@@ -12,7 +12,7 @@ import yaml
 from training_runs import ROOT
 
 from mimscale.commands.study import main
-from mimscale.study.jobs import build_graph
+from mimscale.study.jobs import build_graph, decoder_of
 from mimscale.study.results.published import published
 from mimscale.study.spec import load_study
 
@@ -49,7 +49,7 @@ def test_three_lengths_of_the_paper_take_546875_iterations(paper):
     trunks: dict[tuple, list] = {}
     for job in paper.values():
         if job.launcher == "pretrain":
-            trunks.setdefault((job.model, job.dataset, job.recipe.mim.decoder), []).append(job)
+            trunks.setdefault((job.model, job.dataset, decoder_of(job.recipe)), []).append(job)
     triples = [jobs for jobs in trunks.values() if len(jobs) == 3]
     assert len(triples) == 21 + 12
     for jobs in triples:
@@ -66,7 +66,7 @@ def test_the_paper_has_its_63_released_runs_and_what_its_tables_add(paper):
     released = {(r.model, r.dataset, r.iterations) for r in published() if r.kind == "pretrain"}
     assert len(released) == 63 and released < ran
     assert {model for model, _, _ in ran - released} == {"vit_b", "vit_l", "vit_h", "swinv2_l"}
-    decoders = Counter(j.recipe.mim.decoder for j in paper.values() if j.launcher == "pretrain")
+    decoders = Counter(decoder_of(j.recipe) for j in paper.values() if j.launcher == "pretrain")
     assert (decoders["4-blocks"], decoders["8-blocks"]) == (1, 1)
     assert ("swinv2_l", "in100", 500_000) in ran
 

@@ -6,12 +6,13 @@ import re
 import psutil
 import pytest
 import torch
-from training_runs import ENVIRONMENT, ROOT
+from training_runs import ENVIRONMENT, RECIPE, ROOT, TINY
 
 from mimscale.cli import main
 from mimscale.commands.bench import main as bench
 from mimscale.training.ds_config import read_ds_config, zero_stage
-from mimscale.training.planning.counting import peak_bytes
+from mimscale.training.planning.counting import activation_bytes, peak_bytes, recomputed_blocks
+from mimscale.training.recipe import load_recipe
 
 SMALL = ["model.embed_dim=64", "model.num_heads=[2,4,8,16]", "data.image_size=96", "model.window_size=6"]
 
@@ -73,3 +74,14 @@ def test_the_peak_of_memory_is_what_was_held_at_most():
     assert before + more / 2 < held < before + 2 * more
     del block
     assert peak_bytes(device) == held
+
+
+def test_a_decoder_of_blocks_is_recomputed_like_the_encoder():
+    def kept(*overrides):
+        return activation_bytes(load_recipe(RECIPE, [*TINY, *overrides]), bf16=False)
+
+    recomputed = "train.activation_checkpointing=true"
+    assert kept("mim.decoder=8-blocks") > kept("mim.decoder=linear")
+    assert kept("mim.decoder=8-blocks", recomputed) < 1.1 * kept("mim.decoder=linear", recomputed)
+    recipe = load_recipe(RECIPE, [*TINY, "mim.decoder=8-blocks"])
+    assert len(recomputed_blocks(recipe)) == len(recomputed_blocks(load_recipe(RECIPE, TINY))) + 8

@@ -36,7 +36,7 @@ def test_the_papers_recipes_build_the_papers_models(size):
     assert sum(parameter_sizes(recipe)) == ENCODERS[size] + channels * 3072 + 3072
     assert recipe.train.global_batch == 2048
     assert recipe.learning_rate == pytest.approx(4e-4)
-    assert recipe.hidden == 22
+    assert recipe.mask.masked == 22
     assert recipe.mim.loss == "l2"
 
 

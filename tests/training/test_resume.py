@@ -1,4 +1,4 @@
-"""A killed, damaged or moved run goes on as if nothing had happened."""
+"""A killed, damaged or moved run resumes as if nothing had happened."""
 
 import os
 import shutil
@@ -102,7 +102,7 @@ def test_a_run_killed_at_any_point_writes_the_same_losses(tmp_path, base, undist
     process = start(run, config, base)
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output[-3000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert losses(run) == losses(undisturbed)
     assert records(run, "val_loss") == records(undisturbed, "val_loss")
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]

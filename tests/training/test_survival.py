@@ -13,7 +13,7 @@ from mimscale.training.errors import CheckpointError, TrainingError
 from mimscale.training.faults import spikes
 from mimscale.training.pretraining.module import MIMModule
 from mimscale.training.pretraining.task import pretrain
-from mimscale.training.recipe import load_recipe
+from mimscale.training.recipe import Train, load_recipe
 from mimscale.training.run_folder import saved_steps
 
 SHORT = [
@@ -84,16 +84,31 @@ def test_a_roll_back_goes_to_a_checkpoint_before_and_leaves_the_batches_since_ou
     assert saved_steps(run) == [3, 6, 9]
 
 
-def test_a_spike_is_told_from_the_losses_before_it(monkeypatch):
+def policy(folder, on_spike, losses):
+    return spikes.SpikePolicy(Train(on_spike=on_spike), spikes.LeftOut(folder / "left_out.json", writes=True), losses)
+
+
+def test_a_spike_is_told_from_the_losses_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(spikes, "LEAST", 3)
-    judge = spikes.SpikeJudge(4.0, [0.5, 0.6])
-    assert judge(9.0) is None  # too few to know
-    judge.note(0.4, refused=False)
-    assert judge(1.9) is None
-    assert "over 4 times the median 0.5" in judge(2.1)
-    assert all(judge.note(9.0, refused=True) for _ in range(spikes.MOST_IN_A_ROW))
-    assert not judge.note(9.0, refused=True)
-    assert judge(1.9) is None  # what was refused is no part of what is usual
+    found = policy(tmp_path, "skip", [0.5, 0.6])
+    assert found.judge(0, 0.4) == found.judge(1, 1.9) == spikes.Apply()  # 1.9 was the first that it could tell
+    spike = found.judge(2, 2.3)
+    assert "over 4 times the median 0.55" in spike.reason
+    assert found.judge(3, 1.9) == spikes.Apply()  # what was left out is no part of what is usual
+    assert found.judge(2, 0.5) == spikes.Skip(spike.reason, known=True)
+    again = policy(tmp_path, "stop", [])
+    assert again.judge(2, 0.5) == spikes.Skip(spike.reason, known=True)  # so does every later start
+
+
+def test_what_is_done_about_a_bad_batch_is_what_on_spike_says(tmp_path):
+    bad = "the loss became nan on ranks 1, 3"
+    assert policy(tmp_path, "stop", []).judge(7, float("nan"), (1, 3)) == spikes.Stop(bad, (1, 3))
+    assert policy(tmp_path, "rollback", []).judge(7, float("nan"), (1, 3)) == spikes.RollBack(bad, to=0)
+    assert policy(tmp_path, "skip", []).judge_corruption(7, "inf") == spikes.RollBack("inf", to=7)
+    found = policy(tmp_path, "skip", [])
+    for step in range(spikes.MOST_IN_A_ROW):
+        assert found.judge(step, float("nan"), (1, 3)) == spikes.Skip(bad)
+    assert "in a row" in found.judge(spikes.MOST_IN_A_ROW, float("nan"), (1, 3)).reason
 
 
 def test_a_bad_batch_stops_the_run_and_names_rank_host_step_and_samples(train):
@@ -111,6 +126,18 @@ def test_saving_beside_training_writes_what_saving_in_line_writes(train):
         assert all(checkpoint.damage(file) is None for checkpoint in saved for file in checkpoint.manifest["files"])
         kept[mode] = [json.dumps({**checkpoint.manifest, "recipe": None}) for checkpoint in saved]
     assert kept["async"] == kept["blocking"]
+
+
+def test_a_checkpoint_of_the_first_format_is_refused_with_what_to_do(train):
+    run, _ = train("run", ZERO2, "train.iterations=3")
+    path = run / "checkpoints/step_00000003/checkpoint.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(
+        CheckpointError, match=r"step_00000003 has format 1; .* reads format 2: resume it with the version"
+    ):
+        train("run", ZERO2)
 
 
 def test_no_bit_of_what_a_checkpoint_says_of_itself_can_change_unseen(train):
@@ -131,7 +158,7 @@ def test_no_bit_of_what_a_checkpoint_says_of_itself_can_change_unseen(train):
 
 
 def test_a_checkpoint_still_being_written_is_none_yet(train, monkeypatch):
-    """The run goes on while the disk is slow; what is not whole does not count, and the end waits for it."""
+    """The run continues while the disk is slow; what is not whole does not count, and the end waits for it."""
     from mimscale.training import checkpoint as checkpoints
 
     seen = []

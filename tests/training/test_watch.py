@@ -44,8 +44,8 @@ def test_those_who_are_waited_for_are_named():
     now = time.time()
     told = lambda *beats: [(one.rank, what) for one, what in laggards(list(beats), now)]  # noqa: E731
     assert told(beat(0), beat(1, beat=now - 16)) == [(1, "shows no life")]
-    assert told(beat(0), beat(1, phase="data")) == [(1, "does not get on")]
-    assert told(beat(0, step=8), beat(1, step=7)) == [(1, "does not get on")]
+    assert told(beat(0), beat(1, phase="data")) == [(1, "is making no progress")]
+    assert told(beat(0, step=8), beat(1, step=7)) == [(1, "is making no progress")]
     both = "waits in the same collective as all others"
     assert told(beat(0), beat(1)) == [(0, both), (1, both)]
     assert "rank 1 on beta (pid" in beat(1, "beta").place
@@ -118,7 +118,7 @@ def test_status_says_how_a_run_is(run, capsys):
     assert "no life: rank 1 on beta" in status(run).health
     assert status_command([str(run.parent / run.name)]) == 1
     leave(run / "heartbeat", beat(0, step=50, beat=time.time() - 90), beat(1, "beta", step=50, beat=time.time() - 60))
-    assert status(run).state == "ended without a word"
+    assert status(run).state == "died without reporting an error"
     assert status_command([str(run / "nothing")]) == 1
     assert "is no run folder" in capsys.readouterr().err
 

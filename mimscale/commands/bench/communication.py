@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimscale.torch_private import operator_arguments
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.planning.communication import KINDS, Traffic, predict
-from mimscale.training.planning.counting import encoder_blocks, parameter_sizes
+from mimscale.training.planning.counting import parameter_sizes, recomputed_blocks
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 
@@ -49,11 +50,11 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.partition("::")[2]
+            name, arguments = operator_arguments(func)
             kind = next((kind for part, kind in _PARTS if part in name), name)
             # Of a gather the output is the whole, of a scattering reduction the input.
             size = max(_bytes(argument) for argument in args[:2])
-            group = args[[argument.name for argument in func._schema.arguments].index("process_group")]
+            group = args[arguments.index("process_group")]
             key = kind, dist.ProcessGroup.unbox(group).size()
             self.bytes[key] += size
             self.calls[key] += 1
@@ -70,14 +71,18 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     split = split_batch(ds_config, recipe.train.global_batch, ranks.world_size, None)
     config = reconcile(ds_config, recipe, split, ranks.device.type == "cuda")
     engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
-    side, grid = recipe.data.image_size, recipe.mask_grid
+    side, grid = recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (split.local, 3, side, side), dtype=torch.uint8)
-    mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.hidden).view(split.local, grid, grid)
-    for _ in range(WARM_UP):
-        engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+    mask = (torch.rand(split.local, grid**2).argsort(1) < recipe.mask.masked).view(split.local, grid, grid)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            engine.forward_backward((images, mask, torch.arange(split.local)))
+            engine.apply(1e-4)
+
+    train(WARM_UP)
     with CollectiveCounter() as counter:
-        for _ in range(STEPS):
-            engine.train_step((images, mask, torch.arange(split.local)), 1e-4)
+        train(STEPS)
     engine.close()
     # ZeRO++'s second partition gathers in groups, and nothing else does.
     group = min(size for _, size in counter.calls)
@@ -94,7 +99,7 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
         gathers_within=counter.calls[inside] // STEPS if inside else 0,
     )
     again = recipe.train.activation_checkpointing or "activation_checkpointing" in config
-    blocks = encoder_blocks(recipe) if again else []
+    blocks = recomputed_blocks(recipe) if again else []
     predicted = predict(parameter_sizes(recipe), config, ranks.world_size, blocks)
     return {"measured": asdict(measured), "predicted": asdict(predicted)}
 

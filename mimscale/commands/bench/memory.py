@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mimscale.commands.bench.step import TimmSimMIM
 from mimscale.mim import SimMIM
-from mimscale.models.factory import create_encoder
+from mimscale.models import create_encoder
+from mimscale.torch_private import allocation, storage_key
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
@@ -38,13 +38,13 @@ STEP = "mimscale: one step"
 
 def activation_bytes(model: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
-    kept: dict[tuple[int, int], int] = {}
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, int] = {}
+    parameters = {storage_key(p) for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[(storage._cdata, 0)] = storage.nbytes()
+        key = storage_key(tensor)
+        if key not in parameters:
+            kept[key] = tensor.untyped_storage().nbytes()
             held.append(tensor)  # or its storage's place could be taken by another
         return tensor
 
@@ -122,14 +122,15 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, beg
     engine = Engine(lambda: build_objective(recipe), lambda module: decay_groups(module, recipe), recipe, config, ranks)
     local = recipe.train.global_batch // ranks.world_size
     generator = torch.Generator().manual_seed(ranks.rank)
-    side, grid = recipe.data.image_size, recipe.mask_grid
+    side, grid = recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8, generator=generator)
     order = torch.rand(local, grid**2, generator=generator).argsort(1)
-    mask = (order < recipe.hidden).view(local, grid, grid)
+    mask = (order < recipe.mask.masked).view(local, grid, grid)
     for _ in range(steps):
         began()
         with record_function(STEP):
-            engine.train_step((images, mask, torch.arange(local)), recipe.learning_rate)
+            engine.forward_backward((images, mask, torch.arange(local)))
+            engine.apply(recipe.learning_rate)
     engine.close()
 
 
@@ -175,8 +176,8 @@ def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
     The total, not a sum of changes: gloo's threads free tensors too, and only the allocator sees those.
     """
     for event in events:
-        if isinstance(fields := event.extra_fields, _ExtraFields_Allocation):
-            yield event.start_time_ns, fields.alloc_size, fields.total_allocated
+        if (sizes := allocation(event)) is not None:
+            yield event.start_time_ns, *sizes
         yield from _totals(event.children)
 
 

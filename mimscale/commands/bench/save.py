@@ -20,8 +20,6 @@ from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.saver import Saver
 
-ABOUT = {"trained_with": {"local_ranks": 1}}
-
 
 def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str, float]:
     """Train on noise with a save in each mode, and print what it costs.
@@ -30,9 +28,9 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
         Seconds: ``step``, and for each mode ``stall`` (the step waits) and ``slower`` (the steps after it, while it is
         being written); ``bytes`` of the checkpoint.
     """
-    local, side, grid = recipe.train.global_batch, recipe.data.image_size, recipe.mask_grid
+    local, side, grid = recipe.train.global_batch, recipe.data.image_size, recipe.mask.grid[0]
     images = torch.randint(0, 256, (local, 3, side, side), dtype=torch.uint8)
-    mask = (torch.rand(local, grid**2).argsort(1) < recipe.hidden).view(local, grid, grid)
+    mask = (torch.rand(local, grid**2).argsort(1) < recipe.mask.masked).view(local, grid, grid)
 
     def timed(action: Callable[[], object]) -> float:
         if engine.ranks.device.type == "cuda":
@@ -43,15 +41,19 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def train() -> None:
+        engine.forward_backward((images, mask, torch.arange(local)))
+        engine.apply(1e-5)
+
     def step() -> float:
-        return timed(lambda: engine.train_step((images, mask, torch.arange(local)), 1e-5))
+        return timed(train)
 
     step()  # warms up
     usual = statistics.median(step() for _ in range(steps))
     found = {"step": usual}
     for number, mode in enumerate(("blocking", "async"), 1):
-        saver = Saver(folder, 1, (), mode)  # type: ignore[arg-type]
-        found[f"{mode}, stall"] = timed(lambda s=saver, n=number: s.save(n, engine.shapes(), engine.full_state, ABOUT))  # type: ignore[misc]
+        saver = Saver(folder, 1, (), mode, engine.ranks)  # type: ignore[arg-type]
+        found[f"{mode}, stall"] = timed(lambda s=saver, n=number: s.save(n, engine.shapes(), engine.full_state, {}))  # type: ignore[misc]
         slower = 0.0
         while saver.is_writing():
             slower += step() - usual

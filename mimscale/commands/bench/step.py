@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mimscale.mim import SimMIM, hidden_patches, local_normalise
-from mimscale.models.factory import create_encoder
+from mimscale.masking import SIMMIM_RATIO, masked_up
+from mimscale.mim import SimMIM, local_normalise
+from mimscale.models import create_encoder
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.training.planning.throughput import count_flops
 
@@ -80,7 +81,7 @@ def _inputs(batch: int, image: int, device: torch.device) -> tuple[torch.Tensor,
     images = torch.randn(batch, 3, image, image, generator=generator)
     cells = (image // 32) ** 2
     order = torch.rand(batch, cells, generator=generator).argsort(1)
-    mask = (order < hidden_patches("simmim", cells)).view(batch, image // 32, image // 32)
+    mask = (order < masked_up(cells, SIMMIM_RATIO)).view(batch, image // 32, image // 32)
     return images.to(device), mask.to(device)
 
 

@@ -22,10 +22,10 @@ from mimscale.data.shards.format import (
     View,
     file_sha256,
     table_dtype,
-    write_durably,
 )
 from mimscale.data.shards.fractions import FRACTIONS
 from mimscale.data.shards.tar import TarError, walk
+from mimscale.files import write_bytes
 
 _IMAGES = (b"jpg", b"jpeg", b"png", b"ppm", b"webp", b"bmp", b"tif", b"tiff")
 # tar names that say they hold held-out images: val-000.tar, imagenet1k-validation-00.tar.
@@ -143,8 +143,8 @@ def index_tars(
         views={str(percent): View(seed, percent=percent) for percent in FRACTIONS[:-1]},
         foreign=True,
     )
-    write_durably(folder / TABLE_NAME, content)
-    write_durably(folder / INDEX_NAME, index.to_json())
+    write_bytes(folder / TABLE_NAME, content, durable=True)
+    write_bytes(folder / INDEX_NAME, index.to_json(), durable=True)
     return index
 
 

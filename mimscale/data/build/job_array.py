@@ -25,7 +25,8 @@ from mimscale.data.build.listing import Listing
 from mimscale.data.build.shard_writer import Options, ShardTask
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
-from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index, View, write_durably
+from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index, View
+from mimscale.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _settle(
             writer.remove_strays(out)
             layout.keep(work)
             kept = {"array": part.array, "asked": asked, "train_rows": train_rows, "rejected": rejected}
-            write_durably(made, json.dumps(kept).encode())
+            write_bytes(made, json.dumps(kept).encode(), durable=True)
             fcntl.flock(held, fcntl.LOCK_SH)
         else:
             if known["asked"] != asked:

@@ -14,7 +14,8 @@ from mimscale.data.build.listing import NO_STRATUM, Listing
 from mimscale.data.build.shard_writer import Options, ShardTask, save_array
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
-from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index, write_durably
+from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index
+from mimscale.files import write_bytes
 
 
 def _order(
@@ -86,7 +87,7 @@ class Layout:
 
     def keep(self, work: Path) -> None:
         """Leave in the work folder what those who write shards look up there."""
-        write_durably(work / PLAN_NAME, self.plan.encode())
+        write_bytes(work / PLAN_NAME, self.plan.encode(), durable=True)
         save_array(work / "order.npy", self.order)
         (work / "journal").mkdir(exist_ok=True)
 

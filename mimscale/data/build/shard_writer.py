@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +20,9 @@ from zlib_ng import zlib_ng
 from mimscale.data.build.listing import Entry, Listing
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards import store
-from mimscale.data.shards.format import file_sha256, sync_folder, table_dtype, write_durably
+from mimscale.data.shards.format import file_sha256, table_dtype
 from mimscale.data.shards.tar import BLOCK, END_OF_ARCHIVE, TarError, pack_header, padding
+from mimscale.files import write_beside, write_bytes
 
 # Half of what a core keeps of its own on common machines.
 _BUFFER_BYTES = 512 * 1024
@@ -99,10 +99,9 @@ class _TarFile:
         self._filled = 0
 
     def finish(self) -> str:
-        """Write what is left and bring all to the disk; returns the SHA-256."""
+        """Write what is left; returns the SHA-256."""
         self.room(len(END_OF_ARCHIVE))[:] = END_OF_ARCHIVE
         self._flush()
-        os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
     def __enter__(self) -> _TarFile:
@@ -130,28 +129,24 @@ def write_shard(task: ShardTask) -> None:
     out, journal = Path(task.out), Path(task.work) / "journal"
     entries = listing.entries(np.asarray(order[task.start : task.stop]))
     rows: list[tuple] = []
-    beside = Path(task.work) / f"{task.file}.partial-{os.getpid()}"
     rewritten = 0
     try:
-        with _TarFile(beside) as tar:
+        # In the working folder, which goes as a whole with a build that is given up.
+        with write_beside(out / task.file, durable=True, folder=Path(task.work)) as beside, _TarFile(beside) as tar:
             for entry in entries:
                 row, changed = _add(tar, listing, entry, task.options)
                 rows.append(row)
                 rewritten += changed
             sha256 = tar.finish()
-        beside.replace(out / task.file)
     except TarError as error:
         raise ShardError(str(error)) from None
     except OSError as error:
         raise ShardError(
             f"{out / task.file}: cannot be written ({error.strerror}); free some space and run the same build again"
         ) from None
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(out)
     save_array(journal / f"{task.file}.npy", np.array(rows, table_dtype(max(len(entry.key) for entry in entries))))
     line = {"plan": task.plan, "bytes": tar.bytes, "sha256": sha256, "rewritten": rewritten}
-    write_durably(journal / f"{task.file}.json", json.dumps(line).encode())
+    write_bytes(journal / f"{task.file}.json", json.dumps(line).encode(), durable=True)
 
 
 def _add(tar: _TarFile, listing: Listing, entry: Entry, options: Options) -> tuple[tuple, bool]:
@@ -190,7 +185,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array durably, in numpy's own format."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    write_durably(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), durable=True)
 
 
 def is_finished(task: ShardTask) -> bool:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from mimscale.data import pool
 from mimscale.data.build.layout import PLAN_NAME, Layout, lay_out
 from mimscale.data.build.listing import Found, Listing, ListingWriter
 from mimscale.data.build.shard_writer import Options, ShardTask, is_finished, write_shard
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import (
@@ -33,32 +33,11 @@ from mimscale.data.shards.format import (
     View,
     file_sha256,
     table_dtype,
-    write_durably,
 )
+from mimscale.files import write_beside, write_bytes
 
 Progress = Callable[[str, int, int], None]
 DEFAULTS = Options()
-
-
-class ScanTask(Protocol):
-    """One class of a source: picklable, and run in a worker process."""
-
-    def run(self) -> Found:
-        """List the images of the class."""
-        ...
-
-
-class Source(Protocol):
-    """Where images come from."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of its classes, in label order."""
-        ...
-
-    def tasks(self, label_of: dict[str, int], thorough: bool) -> list[ScanTask]:
-        """What to scan, given the number of each class name; ``thorough``: decode every image."""
-        ...
 
 
 def _run_scan(task: ScanTask) -> Found:
@@ -112,20 +91,21 @@ def _join_tables(tasks: list[ShardTask], out: Path, work: Path) -> tuple[int, st
     # A piece is as wide as its own longest key.
     key_bytes = max(np.load(piece, mmap_mode="r", allow_pickle=False).dtype["key"].itemsize for piece in pieces)
     dtype, total = table_dtype(key_bytes), tasks[-1].stop
-    beside = work / TABLE_NAME
-    with beside.open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
-        )
-        for number, piece in enumerate(pieces):
-            rows = np.load(piece, allow_pickle=False).astype(dtype)
-            rows["shard"] = number
-            file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    digest = file_sha256(beside)
-    beside.replace(out / TABLE_NAME)
+    with write_beside(out / TABLE_NAME, durable=True, folder=work) as beside:
+        with beside.open("wb") as file:
+            _write_table(file, pieces, dtype, total)
+        digest = file_sha256(beside)
     return key_bytes, digest
+
+
+def _write_table(file: BinaryIO, pieces: list[Path], dtype: np.dtype, total: int) -> None:
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
+    )
+    for number, piece in enumerate(pieces):
+        rows = np.load(piece, allow_pickle=False).astype(dtype)
+        rows["shard"] = number
+        file.write(rows.tobytes())
 
 
 @contextmanager
@@ -234,7 +214,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
     )
     if layout.rejected:
         lines = "".join(f"{where}\t{why}\n" for where, why in layout.rejected)
-        write_durably(out / REJECTED_NAME, lines.encode("utf-8", "replace"))
-    write_durably(out / INDEX_NAME, index.to_json())
+        write_bytes(out / REJECTED_NAME, lines.encode("utf-8", "replace"), durable=True)
+    write_bytes(out / INDEX_NAME, index.to_json(), durable=True)
     shutil.rmtree(work, ignore_errors=True)
     return index

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,30 +133,6 @@ def _digest(content: dict[str, Any]) -> str:
         return hashlib.sha256(_as_text(content)).hexdigest()
     except UnicodeEncodeError:
         return ""
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write beside ``path``, flush to the disk, rename: a reader sees the old file or the whole new one."""
-    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from mimscale.data.errors import ShardError
 from mimscale.data.shards.format import file_sha256
+from mimscale.files import write_beside
 
 log = logging.getLogger(__name__)
 
@@ -114,25 +115,23 @@ class ShardCache:
         return True
 
     def _fetch(self, path: Path, size: int | None, sha256: str | None) -> None:
-        beside = path.with_name(f"{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
         reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 wait = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
                 log.warning("%s/%s: %s; trying again in %.1f s", self.url, path.name, reason, wait)
                 time.sleep(wait)
+            beside = None
             try:
-                files, folder = self._connect()
-                files.get_file(f"{folder}/{path.name}", str(beside))
-                if size is not None and beside.stat().st_size != size:
-                    reason = f"{beside.stat().st_size:,} bytes came, the index says {size:,}"
-                elif sha256 is not None and file_sha256(beside) != sha256:
-                    reason = "what came does not have the SHA-256 that the index says"
-                else:
-                    beside.replace(path)
-                    return
+                with write_beside(path) as beside:
+                    files, folder = self._connect()
+                    files.get_file(f"{folder}/{path.name}", str(beside))
+                    _check(beside, size, sha256)
+                return
             except ShardError:
                 raise
+            except _Damaged as error:
+                reason = str(error)
             except FileNotFoundError:
                 raise ShardError(f"{self.url}/{path.name}: the server has no such file") from None
             except PermissionError as error:
@@ -143,9 +142,6 @@ class ShardCache:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if isinstance(error, OSError) and error.filename == str(beside):
                     raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
-            finally:
-                with suppress(OSError):
-                    beside.unlink(missing_ok=True)
         raise ShardError(
             f"{self.url}/{path.name}: could not be fetched in {ATTEMPTS} attempts (last: {reason}); see whether the server "
             "is up and run it again"
@@ -166,6 +162,17 @@ class ShardCache:
                 if copy != keep:
                     copy.unlink(missing_ok=True)
                     total -= freed
+
+
+class _Damaged(Exception):
+    """What came is not what the index says."""
+
+
+def _check(path: Path, size: int | None, sha256: str | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise _Damaged(f"{path.stat().st_size:,} bytes came, the index says {size:,}")
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise _Damaged("what came does not have the SHA-256 that the index says")
 
 
 @contextmanager

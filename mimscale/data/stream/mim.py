@@ -8,9 +8,7 @@ import torch
 
 from mimscale.data import draws
 from mimscale.data.stream.crops import Batch, CropStream
-
-PATCH = 32
-MASK_RATIO = 0.6
+from mimscale.masking import SIMMIM_PATCH, SIMMIM_RATIO, masked_up
 
 
 @dataclass
@@ -20,7 +18,7 @@ class MIMBatch(Batch):
     Attributes:
         step: which global batch.
         images: uint8 (b, 3, S, S), channels innermost in memory (``torch.channels_last``).
-        mask: bool (b, g, g), True = hidden.
+        mask: bool (b, g, g), True = masked.
         keys: the samples' keys; where a damaged sample was replaced, the replacement's.
         positions: int64 (b,), ``step * global_batch + i``.
         draw_keys: int64 (b,), non-negative; what the model keys its own draws to.
@@ -38,8 +36,8 @@ class MIMBatch(Batch):
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tuple[int, int]:
-    """(cells a side, hidden cells), with SimMIM's defaults: cells of 32 pixels, 60 % rounded up.
+def mask_shape(image_size: int, mask_grid: int | None, masked: int | None) -> tuple[int, int]:
+    """(cells a side, masked cells), with SimMIM's defaults: cells of 32 pixels, 60 % rounded up.
 
     Raises:
         ValueError: the grid does not fit.
@@ -47,16 +45,15 @@ def mask_shape(image_size: int, mask_grid: int | None, hidden: int | None) -> tu
     if image_size < 1:
         raise ValueError(f"image_size={image_size} must be at least 1")
     if mask_grid is None:
-        if image_size % PATCH:
-            raise ValueError(f"image_size={image_size} is no multiple of {PATCH}; give mask_grid")
-        mask_grid = image_size // PATCH
+        if image_size % SIMMIM_PATCH:
+            raise ValueError(f"image_size={image_size} is no multiple of {SIMMIM_PATCH}; give mask_grid")
+        mask_grid = image_size // SIMMIM_PATCH
     cells = mask_grid * mask_grid
-    if hidden is None:
-        # In hundredths: 0.6 has no exact float, and ceil(0.6 * 25) must be 15.
-        hidden = -(-round(MASK_RATIO * 100) * cells // 100)
-    if mask_grid < 1 or not 0 <= hidden <= cells:
-        raise ValueError(f"hidden={hidden} of a {mask_grid} x {mask_grid} grid is not possible")
-    return mask_grid, hidden
+    if masked is None:
+        masked = masked_up(cells, SIMMIM_RATIO)
+    if mask_grid < 1 or not 0 <= masked <= cells:
+        raise ValueError(f"masked={masked} of a {mask_grid} x {mask_grid} grid is not possible")
+    return mask_grid, masked
 
 
 @dataclass(eq=False, repr=False)
@@ -68,7 +65,7 @@ class MIMStream(CropStream):
 
     Attributes:
         mask_grid: cells a side; default image_size / 32.
-        hidden: hidden cells of each image; default 60 %, rounded up.
+        masked: masked cells of each image; default 60 %, rounded up.
 
     Raises:
         ValueError: a batch that does not divide, a rank outside the world, or a mask that does not fit.
@@ -77,11 +74,11 @@ class MIMStream(CropStream):
 
     fraction: str = "10"
     mask_grid: int | None = field(default=None, kw_only=True)
-    hidden: int | None = field(default=None, kw_only=True)
+    masked: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._mask = mask_shape(self.crops.image_size, self.mask_grid, self.hidden)
+        self._mask = mask_shape(self.crops.image_size, self.mask_grid, self.masked)
 
     def batch(self, step: int) -> MIMBatch:
         """The rank's share of global batch ``step``: a pure function.
@@ -94,7 +91,7 @@ class MIMStream(CropStream):
         return MIMBatch(
             step,
             images,
-            torch.from_numpy(draws.hidden_masks(self.seed, positions, *self._mask)),
+            torch.from_numpy(draws.random_masks(self.seed, positions, *self._mask)),
             self.index.keys(samples),
             torch.from_numpy(positions),
             torch.from_numpy(draws.draw_keys(self.seed, positions)),

@@ -27,7 +27,7 @@ class ValidationStream(EvaluationStream):
         world_size: how many ranks.
         seed: keys the masks, together with the image's number; leave it to compare with others.
         mask_grid: cells a side; default image_size / 32.
-        hidden: hidden cells of each image; default 60 %, rounded up.
+        masked: masked cells of each image; default 60 %, rounded up.
         workers: processes that read ahead; 0 reads in this one.
         max_damaged: how many damaged images to pass over before giving up.
         limit: take so many images, evenly spread over all; ``None`` takes all. Each keeps its mask.
@@ -47,7 +47,7 @@ class ValidationStream(EvaluationStream):
         *,
         seed: int = VALIDATION_SEED,
         mask_grid: int | None = None,
-        hidden: int | None = None,
+        masked: int | None = None,
         workers: int = 0,
         max_damaged: int = 100,
         limit: int | None = None,
@@ -66,12 +66,12 @@ class ValidationStream(EvaluationStream):
             seed=seed,
             limit=limit,
         )
-        self.mask_grid, self.hidden = mask_shape(image_size, mask_grid, hidden)
+        self.mask_grid, self.masked = mask_shape(image_size, mask_grid, masked)
 
     def __getitem__(self, step: int) -> MIMBatch:  # type: ignore[override]
         """The rank's share of batch ``step``."""
         plain = super().__getitem__(step)
-        masks = draws.hidden_masks(self.seed, plain.positions.numpy(), self.mask_grid, self.hidden)
+        masks = draws.random_masks(self.seed, plain.positions.numpy(), self.mask_grid, self.masked)
         return MIMBatch(
             step,
             plain.images,

@@ -13,9 +13,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from mimscale.data.errors import ShardError
+from mimscale.torch_private import end_workers, keep_signals_from, worker_processes
 
 _AHEAD = 4
 # Seconds in which a killed process has been taken down by the kernel, its memory included.
@@ -66,10 +66,8 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
         worker_init_fn=partial(_begin, cores_for(workers)),
     )
     iterator: Any = iter(loader)
-    # DataLoader's handler of SIGCHLD would raise wherever the training step happens to be. Without it a killed process is
-    # noticed when its next batch is due, at the latest 5 seconds later.
-    _remove_worker_pids(id(iterator))
-    iterator._worker_pids_set = False
+    # A killed process is then noticed when its next batch is due, at the latest 5 seconds later.
+    keep_signals_from(iterator)
     try:
         while True:
             try:
@@ -78,7 +76,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
                 return
             except (RuntimeError, EOFError, OSError) as error:
                 # What a killed process leaves behind is read as any of these, depending on where it was.
-                if not _one_ended(iterator._workers):
+                if not _one_ended(worker_processes(iterator)):
                     raise
                 raise ShardError(
                     f"a data worker process was killed (out of memory?): {str(error) or type(error).__name__}; "
@@ -90,7 +88,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
     finally:
         # Its processes end when the loader's iterator goes; leaving that to the garbage collector would leave them
         # running.
-        iterator._shutdown_workers()
+        end_workers(iterator)
         del iterator
 
 

@@ -4,142 +4,25 @@ No step holds more than one tensor, except for ``--to released``, whose format (
 """
 
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mimscale.files import write_beside, write_text
+from mimscale.models.encoder import Encoder, Part
 from mimscale.models.factory import create_encoder
 from mimscale.models.preprocessing import Preprocessing
-from mimscale.models.swin_v2 import SwinTransformerV2
-from mimscale.models.vit import VisionTransformer
-from mimscale.models.weights import KINDS
+from mimscale.models.weights.parts import ExportError, encoder_parts
 from mimscale.models.weights.released import all_weights, load_state, read_checkpoint, saved_buffers
+from mimscale.registry import encoders
 
-SETTINGS_KEY, IMAGES_KEY = "mimscale.encoder", "mimscale.images"
+SETTINGS_KEY, IMAGES_KEY, PACKAGE_KEY = "mimscale.encoder", "mimscale.images", "mimscale.package"
 Read = Callable[[str], torch.Tensor]
-
-
-class Part(NamedTuple):
-    """One tensor of a file: its name there, and where it comes from.
-
-    Attributes:
-        name: in the file.
-        source: name of a parameter of the model, or the tensor itself.
-        rows: the rows of the parameter that are meant; None for all.
-    """
-
-    name: str
-    source: str | torch.Tensor
-    rows: slice | None = None
-
-
-class ExportError(ValueError):
-    """A model that the wanted format cannot hold, or a place that cannot be written; the message says which."""
-
-
-def encoder_parts(names: list[str]) -> list[Part]:
-    """List an encoder's own names, of a model's parameter names."""
-    return [Part(name.removeprefix("encoder."), name) for name in names if name.startswith("encoder.")]
-
-
-def timm_parts(model: Any, names: list[str]) -> list[Part]:
-    """Give an encoder the names of timm's SwinV2 or VisionTransformer, which merge at the beginning of a stage.
-
-    Raises:
-        ExportError: an encoder with extra norms.
-    """
-    if isinstance(model.encoder, VisionTransformer):
-        released = model.to_released({name: name for name in names})
-        return [Part(n, s) for n, s in released.items() if n != "mask_token" and not n.startswith("decoder_")]
-    _refuse_extra_norms(names, "timm")
-    parts = []
-    for part in encoder_parts(names):
-        pieces = part.name.split(".")
-        if "downsample" in pieces:
-            pieces[1] = str(int(pieces[1]) + 1)
-        if pieces[0] != "mask_token":
-            parts.append(part._replace(name=".".join(pieces)))
-    return parts
-
-
-_HUGGINGFACE = (
-    ("encoder.patch_embed.proj.", "swinv2.embeddings.patch_embeddings.projection."),
-    ("encoder.patch_embed.norm.", "swinv2.embeddings.norm."),
-    ("encoder.mask_token", "swinv2.embeddings.mask_token"),
-    ("encoder.norm.", "swinv2.layernorm."),
-    ("encoder.layers.", "swinv2.encoder.layers."),
-    (".attn.cpb_mlp.", ".attention.self.continuous_position_bias_mlp."),
-    (".attn.logit_scale", ".attention.self.logit_scale"),
-    (".attn.q_bias", ".attention.self.query.bias"),
-    (".attn.v_bias", ".attention.self.value.bias"),
-    (".attn.proj.", ".attention.output.dense."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".mlp.fc1.", ".intermediate.dense."),
-    (".mlp.fc2.", ".output.dense."),
-)
-
-
-def huggingface_parts(model: Any, names: list[str]) -> tuple[list[Part], dict[str, Any]]:
-    """Give SimMIM the names of transformers' ``Swinv2ForMaskedImageModeling``, and its configuration.
-
-    Raises:
-        ExportError: a model that has no counterpart there.
-    """
-    encoder = model.encoder
-    if isinstance(encoder, VisionTransformer):
-        raise ExportError("--to huggingface is for SwinV2; a ViT goes --to timm or --to released")
-    _refuse_extra_norms(names, "transformers")
-    if any(name.startswith("decoder.blocks.") for name in names):
-        raise ExportError("transformers has no decoder of blocks; export --to safetensors or --to timm")
-    parts = []
-    for name in names:
-        renamed = name
-        for ours, theirs in _HUGGINGFACE:
-            renamed = renamed.replace(ours, theirs, 1)
-        if name.endswith(".attn.qkv.weight"):
-            dim = encoder.embed_dim * 2 ** int(name.split(".")[2])
-            stem = renamed.replace(".attn.qkv.weight", ".attention.self.")
-            for i, which in enumerate(("query", "key", "value")):
-                parts.append(Part(f"{stem}{which}.weight", name, slice(i * dim, (i + 1) * dim)))
-        else:
-            parts.append(Part(renamed, name))
-    trained = encoder.made_from.get("pretrained_window_size")
-    height, width = encoder.img_size
-    config = {
-        "architectures": ["Swinv2ForMaskedImageModeling"],
-        "model_type": "swinv2",
-        "image_size": height if height == width else [height, width],
-        "patch_size": encoder.patch_size,
-        "num_channels": encoder.in_chans,
-        "embed_dim": encoder.embed_dim,
-        "depths": list(encoder.depths),
-        "num_heads": list(encoder.num_heads),
-        "window_size": encoder.window_size,
-        "pretrained_window_sizes": [r[0] if trained else 0 for r in encoder.references],
-        "drop_path_rate": encoder.drop_path,
-        "encoder_stride": encoder.stride,
-    }
-    return parts, config
-
-
-def released_parts(model: Any, names: list[str]) -> list[Part]:
-    """Give a model the names of its authors' release."""
-    if isinstance(model.encoder, VisionTransformer):
-        return [Part(name, source) for name, source in model.to_released({n: n for n in names}).items()]
-    return [Part(name, name) for name in names]
-
-
-def _refuse_extra_norms(names: list[str], where: str) -> None:
-    if any(".norm3." in name for name in names):
-        raise ExportError(f"{where} has no SwinV2 with extra norms; export --to safetensors or --to released")
 
 
 def write_safetensors(
@@ -167,12 +50,10 @@ def write_safetensors(
         header[part.name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _beside(path) as temporary, temporary.open("wb") as file:
+    with write_beside(path, durable=True) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
             file.write(_tensor(part, read).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _tensor(part: Part, read: Read) -> torch.Tensor:
@@ -181,25 +62,13 @@ def _tensor(part: Part, read: Read) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a place to write to beside ``path``, which takes its place at the end, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def export_weights(model: Any, kind: str, output: Path, read: Read | None = None) -> list[Path]:
     """Write a model's weights.
 
     Args:
         model: SimMIM or MAE, or what was fine-tuned, with its ``encoder``; may be on the meta device if ``read`` is given.
-        kind: one of ``KINDS``; "safetensors" takes the encoder alone, with its classifier where it has one.
-        output: a file, or for "huggingface" a folder.
+        kind: one of :func:`kinds`; "safetensors" takes the encoder alone, with its classifier where it has one.
+        output: a file, or a folder for a format that has a ``config.json``.
         read: gives a parameter by name; by default the model's own.
 
     Returns:
@@ -213,30 +82,47 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     read = read or parameters.__getitem__
     names = list(parameters)
+    encoder = model.encoder
     if kind == "safetensors":
-        settings = {SETTINGS_KEY: json.dumps(model.encoder.made_from), "format": "pt"}
-        images = getattr(model.encoder, "preprocessing", None)
+        settings = {SETTINGS_KEY: json.dumps(encoder.made_from), "format": "pt"}
+        images = getattr(encoder, "preprocessing", None)
         if images is not None:
             settings[IMAGES_KEY] = json.dumps(asdict(images))
+        if encoder.made_from["name"] in encoders.others():
+            settings[PACKAGE_KEY] = type(encoder).__module__
         write_safetensors(output, encoder_parts(names), shapes, read, settings)
         return [output]
-    if kind in KINDS and not hasattr(model, "reconstruct"):
+    if kind not in kinds(encoder):
+        raise ExportError(f"--to {kind}: a {encoder.made_from['name']} can be written as {', '.join(kinds(encoder))}")
+    if not hasattr(model, "reconstruct"):
         raise ExportError(f"--to {kind} is for a pre-training; a fine-tuned encoder goes --to safetensors")
-    if kind == "timm":
-        write_safetensors(output, timm_parts(model, names), shapes, read, {"format": "pt"})
-        return [output]
-    if kind == "huggingface":
-        parts, config = huggingface_parts(model, names)
-        write_safetensors(output / "model.safetensors", parts, shapes, read, {"format": "pt"})
-        with _beside(output / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
-        return [output / "config.json", output / "model.safetensors"]
     if kind == "released":
-        state = {part.name: _tensor(part, read) for part in released_parts(model, names)}
-        with _beside(output) as temporary:
-            torch.save({"model": state}, temporary)
+        named = model.to_released({name: name for name in names})
+        state = {name: _tensor(Part(name, source), read) for name, source in named.items()}
+        with write_beside(output) as temporary, temporary.open("wb") as file:
+            torch.save({"model": state}, file)  # under a path it would keep that path's name inside
         return [output]
-    raise ExportError(f'--to is one of {", ".join(KINDS)}, not "{kind}"')
+    form = encoder.exports[kind]
+    parts, config = form.parts(model, names), form.config(model)
+    if config is None:
+        write_safetensors(output, parts, shapes, read, {"format": "pt"})
+        return [output]
+    write_safetensors(output / "model.safetensors", parts, shapes, read, {"format": "pt"})
+    write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
+    return [output / "config.json", output / "model.safetensors"]
+
+
+def kinds(encoder: Encoder) -> list[str]:
+    """What a pre-training of an encoder can be exported to."""
+    return ["safetensors", *encoder.exports, "released"]
+
+
+def ending(kind: str, model: Any) -> str:
+    """What the name of an exported file ends in; "" for a folder."""
+    form = model.encoder.exports.get(kind)
+    if form is not None and form.config(model) is not None:
+        return ""
+    return ".pth" if kind == "released" else ".safetensors"
 
 
 def exported_settings(path: str | Path) -> dict[str, Any] | None:
@@ -256,7 +142,7 @@ def _settings(text: str) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
 
 
-def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransformer:
+def load(path: str | Path, **overrides: Any) -> Encoder:
     """Make the encoder of an exported file, with its weights, ready to give features of images of any size.
 
     Args:
@@ -281,6 +167,14 @@ def load(path: str | Path, **overrides: Any) -> SwinTransformerV2 | VisionTransf
             f"{path} does not say which encoder it holds: it was not written by mimscale export --to safetensors; "
             "make the encoder with create_encoder and use load_released"
         ) from None
+    if settings["name"] not in encoders:
+        package = metadata.get(PACKAGE_KEY, "").partition(".")[0]
+        what = f"'{package}', " if package.isidentifier() else ""
+        # A file may say which package it needs, but what a file says is never imported.
+        raise ValueError(
+            f"{path} holds the encoder '{settings['name']}', which is not registered: first import the package {what}"
+            "which has it"
+        )
     said = metadata.get(IMAGES_KEY)
     images = Preprocessing.from_json(json.loads(said)) if said else None
     return remade(settings, overrides, read_checkpoint(path), str(path), images)
@@ -292,7 +186,7 @@ def remade(
     state: Mapping[str, torch.Tensor],
     source: str,
     images: Preprocessing | None,
-) -> Any:
+) -> Encoder:
     """Make an encoder again from its weights, perhaps with other settings.
 
     Args:
@@ -333,20 +227,10 @@ def without_head(encoder: Any) -> Any:
     return encoder
 
 
-def usage(kind: str, output: Path, encoder: Any) -> str:
+def usage(kind: str, output: Path, encoder: Encoder) -> str:
     """Say how to use what was written."""
     if kind == "safetensors":
         return f'encoder = mimscale.load("{output}")'
-    if kind == "huggingface":
-        return f'model = transformers.Swinv2Model.from_pretrained("{output}")'
     if kind == "released":
         return f'load_released(model, "{output}"), or the released code\'s own loading'
-    settings = {"num_classes": 0, "img_size": encoder.img_size, "embed_dim": encoder.embed_dim}
-    if isinstance(encoder, VisionTransformer):
-        name = "vit_base_patch16_224"
-        settings |= {"patch_size": encoder.patch_size, "depth": encoder.depth, "num_heads": encoder.num_heads}
-    else:
-        name = "swinv2_base_window12_192"
-        settings |= {"window_size": encoder.window_size, "depths": encoder.depths, "num_heads": encoder.num_heads}
-    given = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return f'model = timm.create_model("{name}", {given}, checkpoint_path="{output}")'
+    return encoder.exports[kind].usage(output, encoder)

@@ -95,3 +95,19 @@ def _extra_norm_every(blocks: list[tuple[int, int]], head: Mapping[str, Tensor])
 def _decoder_blocks(state: Mapping[str, Tensor]) -> int:
     found = {m[1] for name in state if (m := re.match(r"decoder\.blocks\.(\d+)\.", name))}
     return len(found)
+
+
+def stored_windows(state: Mapping[str, Tensor]) -> list[int] | None:
+    """The windows that the tables of a released SwinV2 were made for, one for each stage; ``None`` where none are stored.
+
+    A table's last entry is that of the largest offset, w - 1: log2(1 + 8 (w - 1) / (r - 1)) / 3 for a bias that was trained
+    in windows of r.
+    """
+    windows = []
+    for name, table in sorted(state.items()):
+        if name.endswith(".blocks.0.attn.relative_coords_table"):
+            reach = 2 ** (3 * float(table.flatten()[-1])) - 1
+            if reach <= 0:
+                return None
+            windows.append(1 + round(8 * ((table.shape[1] + 1) // 2 - 1) / reach))
+    return windows or None

@@ -11,6 +11,8 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from mimscale.files import write_bytes
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -149,7 +151,5 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file beside its place, then rename, so that a reader never meets half of it."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    beside.replace(path)
+    write_bytes(path, content.encode() if isinstance(content, str) else content)
     return path

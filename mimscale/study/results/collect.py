@@ -7,10 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from mimscale.data import ShardError, ShardIndex
-from mimscale.models.sizes import SWIN_SIZES
 from mimscale.study.counts import sizes
 from mimscale.study.folder import Record, StudyFolder
-from mimscale.study.jobs import Job
+from mimscale.study.jobs import Job, decoder_of
 from mimscale.study.results.result import SCORES, Point, Result, Status, write_json
 from mimscale.study.spec import Study
 from mimscale.training.metrics import MetricsLog
@@ -93,13 +92,13 @@ def _about(study: Study, job: Job, recipe: Recipe) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "total_parameters": total,
-        "architecture": _architecture(recipe),
+        "architecture": recipe.model.architecture,
         "flops_per_image": float(flops),
         "images": images,
         "classes": classes,
         "global_batch": recipe.train.global_batch,
         "objective": recipe.mim.objective,
-        "decoder": recipe.mim.decoder,
+        "decoder": decoder_of(recipe),
         "sampling": dataset.sampling,
     }
 
@@ -115,20 +114,6 @@ def _counted(shards: str | None, fraction: str) -> tuple[int, int] | None:
     except ShardError:
         return None
     return len(samples), len(set(index.labels(samples).tolist()))
-
-
-def _architecture(recipe: Recipe) -> dict[str, Any]:
-    """Table 1's columns, where the encoder has them."""
-    model, size = recipe.model, SWIN_SIZES.get(recipe.model.name)
-    if size is None:
-        return {}
-    heads = model.num_heads or size.num_heads
-    return {
-        "base_channels": model.embed_dim or size.embed_dim,
-        "depth": "-".join(map(str, model.depths or size.depths)),
-        "heads": "-".join(map(str, heads if isinstance(heads, tuple) else (heads,))),
-        "window": model.window_size,
-    }
 
 
 def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:

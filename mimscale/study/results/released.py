@@ -97,7 +97,7 @@ def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, bat
     if "val" not in index.fractions:
         raise ShardError(f"{shards} has no split 'val'; build it with: mimscale shards build ... --val SRC")
     images = min(len(index.samples("val")), recipe.data.validation_images or sys.maxsize)
-    objective = build_objective(recipe, extra_norm_every)
+    objective = build_objective(recipe, **({"extra_norm_every": extra_norm_every} if extra_norm_every else {}))
     load_released(objective.model, path)
     found = validate(_Progress(objective, batch, images), recipe, index)
     if found is None:
@@ -151,13 +151,8 @@ def verify(
         model, every = shape.name, shape.extra_norm_every
     else:
         recipe = load_recipe(recipe_file)
-        sizes: tuple[object, ...] = (
-            recipe.model.embed_dim,
-            recipe.model.depths,
-            recipe.model.num_heads,
-            recipe.model.depth,
-        )
-        model = recipe.model.name if not any(sizes) else None
+        resized = any(recipe.model.model_dump(include=set(recipe.model.shape_keys)).values())
+        model = recipe.model.name if not resized else None
     del state
     if said.model and model and said.model != model and not (dataset and iterations):
         raise ValueError(
@@ -175,7 +170,7 @@ def verify(
         "model": model,
         "encoder_parameters": parameters,
         "image_size": recipe.data.image_size,
-        "window_size": recipe.model.window_size,
+        "window_size": getattr(recipe.model, "window_size", None),
         "dataset": dataset,
         "iterations": iterations,
         "validation_images": found.images,

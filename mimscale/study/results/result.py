@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mimscale.files import write_text
+
 Status = Literal["done", "missing", "failed", "running", "stopped"]
 Kind = Literal["pretrain", "finetune"]
 Point = tuple[int, float | None, float | None]
@@ -140,9 +142,7 @@ def check(results: Iterable[Result]) -> list[Result]:
 
 def write_json(results: Iterable[Result], path: Path) -> None:
     """Write results to a JSON file that ``read_json`` takes back as they were."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
-    beside.replace(path)
+    write_text(path, json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
 
 
 def read_json(path: Path) -> list[Result]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mimscale.files import write_text
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.run.early_stopping import Judge
 from mimscale.study.spec import Study
 from mimscale.training.launch.slurm import SlurmJob, submit, write_script
 from mimscale.training.launch.slurm_queue import cancel
-from mimscale.training.run_folder import MANIFEST, write_beside
+from mimscale.training.run_folder import MANIFEST
 
 
 def submit_study(study: Study, jobs: dict[str, Job]) -> int:
@@ -78,7 +79,7 @@ def _submit(folder: StudyFolder, job: Job, jobs: dict[str, Job], numbers: dict[s
         )
     )
     path = folder.path / "jobs" / f"{job.id}.sbatch"
-    write_beside(path, script)
+    write_text(path, script)
     run.mkdir(parents=True, exist_ok=True)  # Slurm opens the log in it before the job begins
     after = []
     if job.start is not None and job.start.job in numbers:

@@ -13,20 +13,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """The run was asked to stop, has saved, and goes on when it is started again."""
+    """The run was asked to stop, has saved, and resumes when it is started again."""
 
 
-_asked: list[str] = []
+_received: list[str] = []
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    _asked.append(signal.Signals(number).name)
+    _received.append(signal.Signals(number).name)
 
 
 def listen() -> None:
     """From now on a signal of SIGNALS does not end this process, but is heard by :class:`StopRequests`.
 
-    For the start of a program: one that comes while it still starts would otherwise end it unsaid.
+    For the start of a program: one that comes while it still starts would otherwise end it without a message.
     """
     for number in SIGNALS:
         signal.signal(number, _note)
@@ -39,16 +39,12 @@ def deafen() -> None:
 
 
 class StopRequests:
-    """What asks this process to stop, while the ``with`` block lasts; also what was heard before (:func:`listen`).
+    """What asks this process to stop, while the ``with`` block lasts; also what was heard before (:func:`listen`)."""
 
-    Args:
-        margin_seconds: how long before the end of its Slurm job a run stops by itself.
-    """
-
-    def __init__(self, margin_seconds: float):
+    def __init__(self) -> None:
         self.reason: str | None = None
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self.stop_at = float(end) - margin_seconds if end.isdigit() else None
+        self.job_end = float(end) if end.isdigit() else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -60,14 +56,14 @@ class StopRequests:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Preempted):
-            _asked.clear()  # it has been heard
+            _received.clear()  # it has been heard
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def wanted(self) -> str | None:
-        """Why this rank should stop now, or ``None``."""
-        if _asked:
-            self.reason = _asked[0]
-        if self.reason is None and self.stop_at is not None and time.time() >= self.stop_at:
+    def wanted(self, margin_seconds: float) -> str | None:
+        """Why this rank should stop now, or ``None``; a Slurm job stops by itself that long before its end."""
+        if _received:
+            self.reason = _received[0]
+        if self.reason is None and self.job_end is not None and time.time() >= self.job_end - margin_seconds:
             self.reason = "the job's time limit"
         return self.reason

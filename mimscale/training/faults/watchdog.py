@@ -1,6 +1,6 @@
-"""Who is where: every rank leaves a heartbeat in the run folder, and ends the run when nobody gets on.
+"""Who is where: every rank leaves a heartbeat in the run folder, and ends the run when nobody makes progress.
 
-A stuck collective says nothing of the rank that it waits for. The heartbeats do: each holds the rank's step, what it is
+A stuck collective tells nothing of the rank that it waits for. The heartbeats do: each holds the rank's step, what it is
 doing and on which samples. Ranks write them from a thread, so that a rank whose main thread is stuck still shows that it is
 alive, and one that is stopped or gone shows that it is not. Where all are well and wait for each other, each asks the other
 hosts for an answer over the network.
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from mimscale.files import write_text
 from mimscale.training.launch.rendezvous import own_address
-from mimscale.training.run_folder import write_beside
 
 if TYPE_CHECKING:
     from mimscale.training.ranks import Ranks
@@ -69,7 +69,7 @@ class Heartbeat:
         if self.host == socket.gethostname():
             try:
                 if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
-                    return True  # dead, and nobody has taken note
+                    return True  # dead, and not yet reaped
             except psutil.NoSuchProcess:
                 return True
         return now - self.beat > MISSED_BEATS * self.every
@@ -108,7 +108,7 @@ def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
     elsewhere = [beat for beat in behind if beat.phase == "data"]
     if len(behind) == len(beats) and not elsewhere:
         return [(beat, "waits in the same collective as all others") for beat in beats]
-    return [(beat, "does not get on") for beat in (elsewhere or behind)]
+    return [(beat, "is making no progress") for beat in (elsewhere or behind)]
 
 
 def unreachable(beats: list[Heartbeat], host: str) -> list[tuple[Heartbeat, str]]:
@@ -134,7 +134,7 @@ class Watchdog:
         ranks: of this run.
         step: updates made so far.
         hang_minutes: no progress for this long ends the run.
-        end: called with the message when it does; by default the process says it and exits with status 1.
+        end: called with the message when it does; by default the process reports it and exits with status 1.
     """
 
     def __init__(
@@ -147,7 +147,6 @@ class Watchdog:
         self.door = socket.create_server((_address(), 0), backlog=1024)
         where = self.door.getsockname()[:2]
         self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [], where)
-        self.first_step: int | None = None
         self.started_at = step
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -175,8 +174,8 @@ class Watchdog:
 
     def _write(self) -> None:
         self.beat.beat = time.time()
-        with contextlib.suppress(OSError):  # a full disk must not end what saves will report
-            write_beside(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
+        with contextlib.suppress(OSError):  # a full disk must not end what saves report
+            write_text(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
 
     def _bound(self) -> float:
         return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
@@ -190,7 +189,7 @@ class Watchdog:
                 return
 
     def verdict(self, still: float) -> str:
-        """One message on a run that has not got on for ``still`` seconds."""
+        """One message on a run that has made no progress for ``still`` seconds."""
         beats = read_heartbeats(self.folder)
         found = laggards(beats, time.time())
         if not any(beat.is_silent(time.time()) for beat in beats):
@@ -199,15 +198,15 @@ class Watchdog:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         return (
             f"no progress for {still:.0f} s (train.hang_minutes={self.hang / 60:g}): {named or 'no heartbeat is readable'}"
-            f"{more}. Look at that host; the same command goes on from the last checkpoint"
+            f"{more}. Look at that host; the same command resumes from the last checkpoint"
         )
 
     def _end(self, message: str) -> None:
-        # The lowest rank that is well speaks; the others give it time to.
+        # The lowest rank that is well reports it; the others give it time to.
         beats = read_heartbeats(self.folder)
         silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
-        speaker = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
-        if self.beat.rank == speaker:
+        reporter = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
+        if self.beat.rank == reporter:
             note_end(self.folder, "failed", message)
             print(f"mimscale: error: {message}", file=sys.stderr, flush=True)
         else:
@@ -223,7 +222,7 @@ def _address() -> str:
 
 
 def lost_rank(folder: Path, error: RuntimeError) -> str | None:
-    """What to say when a collective broke: which ranks are gone. ``None`` where ``error`` is about something else."""
+    """What to report when a collective broke: which ranks are gone. ``None`` where ``error`` is about something else."""
     text = str(error)
     if not any(sign in text for sign in BROKEN_LINK):
         return None
@@ -231,12 +230,12 @@ def lost_rank(folder: Path, error: RuntimeError) -> str | None:
     gone = [beat.place for beat in read_heartbeats(folder) if beat.is_silent(time.time())]
     lost = f"lost {'; '.join(gone[:4])}" if gone else "the link to another rank broke"
     return (
-        f"{lost}; the log of that rank or its host says why. The same command goes on from the last checkpoint ({text})"
+        f"{lost}; the log of that rank or its host says why. The same command resumes from the last checkpoint ({text})"
     )
 
 
 def note_end(folder: Path, state: str, message: str) -> None:
-    """Leave word of how a start of the run ended, for ``mimscale status``."""
-    said = {"state": state, "message": message, "time": time.time(), "pid": os.getpid()}
+    """Record how a start of the run ended, for ``mimscale status``."""
+    record = {"state": state, "message": message, "time": time.time(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
-        write_beside(folder / "end.json", json.dumps(said))
+        write_text(folder / "end.json", json.dumps(record))

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe
 
 # Other ranks wait this long before they follow the first one out: the launcher ends all processes when one goes, and the
-# first must have said why.
+# first must have reported why.
 GRACE_SECONDS = 5.0
 
 
 def fail(error: BaseException, everywhere: bool, status: int = 1) -> NoReturn:
-    """Say what went wrong and exit.
+    """Report what went wrong and exit.
 
     Args:
         error: its message is what the user sees.
-        everywhere: whether all ranks fail alike; then only the first one speaks.
+        everywhere: whether all ranks fail alike; then only the first one reports it.
         status: what the process exits with.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from mimscale.torch_private import storage_key
 from mimscale.training.ds_config import wants_bf16
 from mimscale.training.planning.memory import RankMemory, micro_batch_that_fits, plan_rank
 from mimscale.training.pretraining.module import build_objective
@@ -33,20 +34,20 @@ def parameter_sizes(recipe: Recipe) -> list[int]:
         return [p.numel() for p in build_objective(recipe).parameters()]
 
 
-def encoder_blocks(recipe: Recipe) -> list[range]:
+def recomputed_blocks(recipe: Recipe) -> list[range]:
     """The blocks that activation checkpointing runs again, each as the range of its parameters in `parameter_sizes`."""
     with torch.device("meta"):
         module = build_objective(recipe)
     place = {parameter: index for index, parameter in enumerate(module.parameters())}
-    blocks = _recomputed(module.encoder)
+    blocks = _recomputed(module)
     own = [[place[parameter] for parameter in block.parameters()] for block in blocks]
     return [range(min(places), max(places) + 1) for places in own]
 
 
-def _recomputed(encoder: Any) -> list[nn.Module]:
-    """Set an encoder to run blocks again in its backward pass; which ones it does."""
-    encoder.set_grad_checkpointing(True)
-    return [part for part in encoder.modules() if getattr(part, "checkpoint", None)]
+def _recomputed(module: Any) -> list[nn.Module]:
+    """Set a module to run blocks again in its backward pass; which ones it does."""
+    module.set_grad_checkpointing(True)
+    return [part for part in module.modules() if getattr(part, "checkpoint", None)]
 
 
 def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
@@ -54,7 +55,7 @@ def activation_bytes(recipe: Recipe, bf16: bool, batch: int = 2) -> int:
 
     def example() -> tuple[Tensor, ...]:
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size, dtype=torch.uint8)
-        mask = torch.zeros(batch, recipe.mask_grid, recipe.mask_grid, dtype=torch.bool)
+        mask = torch.zeros(batch, *recipe.mask.grid, dtype=torch.bool)
         return images, mask, torch.zeros(batch, dtype=torch.int64)
 
     recompute = bool(recipe.train.activation_checkpointing)
@@ -69,9 +70,9 @@ def kept_bytes(
     Where blocks are computed again, the one that is being so keeps all of its own beside what those before it have kept.
 
     Args:
-        build: makes the module; its ``encoder`` is what may be recomputed.
+        build: makes the module, whose ``set_grad_checkpointing`` has its blocks computed again.
         example: makes a batch of two images or more.
-        recompute: whether the encoder's blocks are computed again.
+        recompute: whether they are.
         bf16: whether the module is in bf16.
     """
     with torch.device("meta"):
@@ -81,10 +82,9 @@ def kept_bytes(
         batch = example()
         if not recompute:
             return _kept(module, batch, [])[0] // len(batch[0])
-        encoder: Any = module.encoder
-        blocks = _recomputed(encoder)
+        blocks = _recomputed(module)
         total, before = _kept(module, batch, blocks)
-        encoder.set_grad_checkpointing(False)
+        module.set_grad_checkpointing(False)  # type: ignore[operator]
         _, around = _kept(module, batch, blocks)
     summits = [kept + after - at for (kept, _), (at, after) in zip(before, around, strict=True)]
     return max(total, *summits) // len(batch[0])
@@ -92,17 +92,17 @@ def kept_bytes(
 
 def _kept(module: nn.Module, batch: tuple[Tensor, ...], blocks: list[nn.Module]) -> tuple[int, list[tuple[int, int]]]:
     """Bytes kept after a forward pass, and before and after each block in it."""
-    own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
+    own = {storage_key(p) for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, Tensor] = {}
     total = 0
     entered, seen = [], []
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = tensor
-            total += storage.nbytes()
+        key = storage_key(tensor)
+        if key not in own and key not in kept:
+            kept[key] = tensor
+            total += tensor.untyped_storage().nbytes()
         return tensor
 
     hooks = [block.register_forward_pre_hook(lambda *_: entered.append(total)) for block in blocks]

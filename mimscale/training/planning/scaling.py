@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mimscale.schema import resolve
 from mimscale.training.planning.communication import Network, predict, step_time
-from mimscale.training.planning.counting import encoder_blocks
+from mimscale.training.planning.counting import recomputed_blocks
 from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.planning.zero import Load, plan_way
-from mimscale.training.recipe import Recipe
+from mimscale.training.recipe import paper_recipe
 
 # What a way is called: (ZeRO stage, changes to its configuration).
 WAYS: dict[str, tuple[int, dict[str, int]]] = {
@@ -40,16 +39,10 @@ def rows(
         RecipeError, DeepSpeedConfigError: no such model, or the batch does not divide over the GPUs.
     """
     checkpointing = model in ("swinv2_h", "swinv2_g")
-    values = {
-        "model": {"name": model},
-        "mim": {"objective": "mae" if model.startswith("vit") else "simmim"},
-        "data": {"image_size": 224 if model.startswith("vit") else 192},
-        "train": {"global_batch": batch, "activation_checkpointing": checkpointing},
-    }
-    recipe = resolve(values, "--model", Recipe)
+    recipe = paper_recipe(model, train={"global_batch": batch, "activation_checkpointing": checkpointing})
     flops = flops_per_image(recipe)
     counted = Load.of(recipe, gpus[0], gpu_bytes)
-    blocks = encoder_blocks(recipe) if checkpointing else []
+    blocks = recomputed_blocks(recipe) if checkpointing else []
     found = []
     for count in gpus:
         load = replace(counted, gpus=count)

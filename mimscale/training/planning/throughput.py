@@ -56,10 +56,12 @@ def flops_per_image(recipe: Recipe) -> int:
 
     from mimscale.training.pretraining.module import build_objective
 
-    size, grid = recipe.data.image_size, recipe.mask_grid
+    size = recipe.data.image_size
 
     def forward(objective: Any) -> object:
-        return objective(torch.empty(1, 3, size, size, dtype=torch.uint8), torch.zeros(1, grid, grid, dtype=torch.bool))
+        return objective(
+            torch.empty(1, 3, size, size, dtype=torch.uint8), torch.zeros(1, *recipe.mask.grid, dtype=torch.bool)
+        )
 
     return training_flops(lambda: build_objective(recipe), forward)
 

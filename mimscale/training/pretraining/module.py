@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn, stack
 
-from mimscale import mim as objectives
-from mimscale.mim.masking import expand_mask
-from mimscale.models import create_encoder
+from mimscale.mim import MIMObjective
+from mimscale.models import Encoder, create_encoder
+from mimscale.registry import RegistryError, objectives
 from mimscale.training.recipe import Recipe, RecipeError
 
 
@@ -18,16 +18,20 @@ class MIMModule(nn.Module):
     The loss comes out as a plain tensor: ZeRO-3's hooks follow tensors and tuples of them, not objects.
     """
 
-    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, model: MIMObjective, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.model = model
         # Plain numbers, not a buffer: DeepSpeed casts floating buffers to bf16, which holds only 8 bits of them.
         self.mean, self.std = mean, std
 
     @property
-    def encoder(self) -> nn.Module:
-        """What is checkpointed and compiled."""
+    def encoder(self) -> Encoder:
+        """What is learnt."""
         return self.model.encoder
+
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute all blocks in the backward pass; see :meth:`mimscale.mim.MIMObjective.set_grad_checkpointing`."""
+        self.model.set_grad_checkpointing(enable, **options)
 
     def normalise(self, images: Tensor) -> Tensor:
         """8-bit images (B, 3, H, W) as fp32 with the recipe's mean and deviation taken out."""
@@ -54,14 +58,7 @@ class MIMModule(nn.Module):
 
     def baseline(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (l1, l2), each (B,), of predicting zero: the local mean where the target is normalised by it."""
-        target = self.model.target(self.normalise(images))
-        if target.ndim == 3:  # MAE's: patches (B, L, P)
-            hidden = mask.flatten(1).unsqueeze(-1)
-        else:
-            hidden = expand_mask(mask, target.shape[-1] // mask.shape[-1]).unsqueeze(1)
-        hidden = hidden.expand_as(target).flatten(1).double()
-        l1, l2 = ((target.flatten(1) ** power).abs() * hidden for power in (1, 2))
-        return l1.sum(1) / hidden.sum(1), l2.sum(1) / hidden.sum(1)
+        return self.model.baseline(self.normalise(images), mask)
 
     def fill_in(self, images: Tensor, mask: Tensor, prediction: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]: visible parts as they are, hidden ones as predicted."""
@@ -76,49 +73,23 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return stack([(x / 255 - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
 
-def build_objective(recipe: Recipe, extra_norm_every: int = 0) -> MIMModule:
+def build_objective(recipe: Recipe, **encoder: Any) -> MIMModule:
     """The recipe's encoder and objective.
 
     Args:
         recipe: of a pre-training.
-        extra_norm_every: for released SwinV2 weights that have one more norm after every so many blocks.
+        **encoder: arguments of the encoder besides, as ``extra_norm_every`` for released SwinV2 weights.
 
     Raises:
         RecipeError: the sizes do not fit together; the message says what would.
     """
-    settings, mim = recipe.model, recipe.mim
-    overrides: dict[str, Any] = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in settings.model_dump(include={"embed_dim", "depths", "num_heads", "depth"}).items()
-        if value is not None
-    }
-    assert mim.loss is not None
-    assert mim.mask_ratio is not None
     try:
-        if mim.objective == "simmim":
-            encoder: Any = create_encoder(
-                settings.name,
-                img_size=recipe.data.image_size,
-                window_size=settings.window_size,
-                pretrained_window_size=settings.pretrained_window_size,
-                drop_path=settings.drop_path,
-                **overrides,
-                **({"extra_norm_every": extra_norm_every} if extra_norm_every else {}),
-            )
-            model: Any = objectives.SimMIM(encoder, decoder=mim.decoder, loss=mim.loss, target_window=mim.target_window)
-        else:
-            encoder = create_encoder(
-                settings.name, img_size=recipe.data.image_size, drop_path=settings.drop_path, **overrides
-            )
-            model = objectives.MAE(
-                encoder,
-                norm_pix=mim.norm_pix,
-                decoder_dim=mim.decoder_dim,
-                decoder_depth=mim.decoder_depth,
-                decoder_heads=mim.decoder_heads,
-                loss=mim.loss,
-                mask_ratio=mim.mask_ratio,
-            )
+        kind = objectives.get(recipe.mim.objective)
+    except RegistryError as error:
+        raise RecipeError(str(error)) from None
+    settings = {"mask_token": kind.mask_token, **recipe.model.arguments(recipe.data.image_size), **encoder}
+    try:
+        model = kind.from_settings(create_encoder(recipe.model.name, **settings), recipe.mim)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None
     return MIMModule(model, recipe.data.mean, recipe.data.std)

@@ -24,6 +24,6 @@ def read_images(paths: list[Path], size: int) -> Tensor:
 def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:
     """Masks (count, h, w) that hide as many patches as in training."""
     generator = torch.Generator().manual_seed(seed)
-    grid = recipe.mask_grid
-    ranks = torch.rand(count, grid * grid, generator=generator).argsort(1).argsort(1)
-    return (ranks < recipe.hidden).view(count, grid, grid)
+    rows, columns = recipe.mask.grid
+    ranks = torch.rand(count, rows * columns, generator=generator).argsort(1).argsort(1)
+    return (ranks < recipe.mask.masked).view(count, rows, columns)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from mimscale.data import CropSpec, MIMStream, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import read_here
+from mimscale.training.faults.recovery import check_data
 from mimscale.training.loop import run
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pictures import loss_curves, reconstruction_sheet
@@ -22,12 +23,11 @@ from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import validate
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
-from mimscale.training.run_folder import check_data
 from mimscale.training.task import Evaluator, Task, TaskBatch, ValidationResult
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
-    """Pre-train, or go on pre-training, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
+    """Pre-train, or resume pre-training, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
     return run(lambda: Pretraining(recipe), ds_config, output)
 
 
@@ -130,8 +130,8 @@ class Pretraining(Task):
             self.index,
             **(how | {"workers": 0} if decodes_here else how),
             crops=CropSpec.of(data, device=str(ranks.device) if decodes_here else "cpu"),
-            mask_grid=self.recipe.mask_grid,
-            hidden=self.recipe.hidden,
+            mask_grid=self.recipe.mask.grid[0],
+            masked=self.recipe.mask.masked,
         )
         for batch in read_here(stream):
             # Page-locked memory is what copies to a GPU beside its work.

@@ -53,8 +53,8 @@ def validate(engine: Evaluator, recipe: Recipe, index: ShardIndex) -> Validation
         batch_size=recipe.train.validate_batch or 2 * engine.micro,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        mask_grid=recipe.mask_grid,
-        hidden=recipe.hidden,
+        mask_grid=recipe.mask.grid[0],
+        masked=recipe.mask.masked,
         limit=recipe.data.validation_images,
     )
     totals = torch.zeros(5, dtype=torch.float64, device=ranks.device)

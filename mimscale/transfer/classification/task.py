@@ -17,12 +17,12 @@ from mimscale.data.stream.augment import resize_and_centre_crop, shorter_side
 from mimscale.data.stream.labelled import LabelledBatch
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import read_here
+from mimscale.training.faults.recovery import check_data
 from mimscale.training.planning.throughput import training_flops
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import RecipeError
-from mimscale.training.run_folder import check_data
 from mimscale.training.task import Evaluator, TaskBatch, ValidationResult
 from mimscale.transfer.classification.labels import ClassCounts, check_labels
 from mimscale.transfer.classification.mixing import Mixing
@@ -40,6 +40,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.loss = SoftTargetCrossEntropy()
+
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute the encoder's blocks in the backward pass; ``options`` as in the encoder."""
+        self.encoder.set_grad_checkpointing(enable, **options)
 
     def forward(self, images: Tensor, targets: Tensor | None = None, draw_keys: Tensor | None = None):
         """Loss of one micro-batch, or logits.

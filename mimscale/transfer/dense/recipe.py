@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mimscale.models.sizes import SWIN_SIZES
 from mimscale.schema import Place, Positive, Section, key
 from mimscale.transfer.recipe import FinetuneRecipe
 
@@ -51,10 +50,10 @@ class DenseRecipe(FinetuneRecipe):
 
     @model_validator(mode="after")
     def _has_a_pyramid(self) -> DenseRecipe:
-        if self.model.name not in SWIN_SIZES:
+        if not self.model.pyramid:
             raise PydanticCustomError(
                 "pyramid",
-                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not: {names}",
-                {"name": self.model.name, "names": ", ".join(SWIN_SIZES)},
+                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not",
+                {"name": self.model.name},
             )
         return self

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.data import ShardError
-from mimscale.models.sizes import SWIN_SIZES
 from mimscale.training.checkpoint import Checkpoint, CheckpointError
 from mimscale.training.errors import read_here
 from mimscale.training.pretraining.task import rank_workers
@@ -37,13 +36,6 @@ from mimscale.transfer.dense.recipe import DenseRecipe
 from mimscale.transfer.dense.stream import DenseImages, DenseStream, HeldOutStream
 from mimscale.transfer.task import TransferTask
 from mimscale.transfer.weights import task_encoder
-
-
-def stage_widths(recipe: DenseRecipe) -> list[int]:
-    """Channels of the encoder's maps, told without making one: under ZeRO-3 that would be partitioned over the ranks."""
-    model = recipe.model
-    size = SWIN_SIZES[model.name]
-    return [(model.embed_dim or size.embed_dim) * 2**stage for stage in range(len(model.depths or size.depths))]
 
 
 class PyramidNorms(nn.Module):

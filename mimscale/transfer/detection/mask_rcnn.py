@@ -211,6 +211,10 @@ class MaskRCNN(nn.Module):
         self.encoder, self.heads = encoder, heads
         self.mean, self.std = mean, std
 
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute the encoder's blocks in the backward pass; ``options`` as in the encoder."""
+        self.encoder.set_grad_checkpointing(enable, **options)
+
     def forward(
         self,
         images: Tensor,

@@ -17,7 +17,7 @@ from mimscale.training.ranks import gather
 from mimscale.training.recipe import RecipeError
 from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
-from mimscale.transfer.dense.task import DenseTask, stage_widths
+from mimscale.transfer.dense.task import DenseTask
 from mimscale.transfer.detection.coco import Instances, read_instances
 from mimscale.transfer.detection.images import DetectionImages, at_test_size
 from mimscale.transfer.detection.mask_rcnn import DetectionHeads, MaskRCNN, Sizes
@@ -69,7 +69,7 @@ class Detection(DenseTask):
     @classmethod
     @override
     def heads(cls, recipe: DetectionRecipe, classes: int) -> DetectionHeads:
-        return DetectionHeads(stage_widths(recipe), classes, Sizes(**recipe.detector.model_dump()))
+        return DetectionHeads(recipe.model.pyramid, classes, Sizes(**recipe.detector.model_dump()))
 
     @classmethod
     @override

@@ -16,7 +16,7 @@ from mimscale.training.ranks import gather
 from mimscale.training.recipe import RecipeError
 from mimscale.training.task import Evaluator, ValidationResult
 from mimscale.transfer.dense.scaling import fill
-from mimscale.transfer.dense.task import DenseTask, stage_widths
+from mimscale.transfer.dense.task import DenseTask
 from mimscale.transfer.segmentation.images import SegmentationImages, at_test_size
 from mimscale.transfer.segmentation.label_maps import LabelPictures, read_classes
 from mimscale.transfer.segmentation.pictures import SegmentationSheet, coloured, with_legend
@@ -73,7 +73,7 @@ class Segmentation(DenseTask):
     @override
     def heads(cls, recipe: SegmentationRecipe, classes: int) -> UPerNetHeads:
         decoder = recipe.decoder
-        widths = stage_widths(recipe)
+        widths = recipe.model.pyramid
         return UPerNetHeads(widths, classes, decoder.channels, decoder.auxiliary_channels, decoder.dropout)
 
     @classmethod

@@ -91,6 +91,10 @@ class UPerNet(nn.Module):
         self.encoder, self.heads = encoder, heads
         self.mean, self.std, self.auxiliary_weight = mean, std, auxiliary_weight
 
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Recompute the encoder's blocks in the backward pass; ``options`` as in the encoder."""
+        self.encoder.set_grad_checkpointing(enable, **options)
+
     def forward(
         self, images: Tensor, labels: Tensor | None = None, draw_keys: Tensor | None = None
     ) -> Tensor | tuple[Tensor]:

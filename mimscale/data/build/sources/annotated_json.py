@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mimscale.data.build.listing import Found, unique
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.build.sources.image_folder import listed_images
-from mimscale.data.build.writer import ScanTask
 from mimscale.data.errors import ShardError
 
 _SHOWN = 5
@@ -55,7 +55,7 @@ def _fail(path: Path, problem: str, examples: list[str]) -> ShardError:
     return ShardError(f"{path}: {problem}: {', '.join(examples[:_SHOWN])}{more}")
 
 
-class AnnotatedJson:
+class AnnotatedJson(Source):
     """The images that a json file lists.
 
     An image without an annotation is left out and counted, as is one that is not there.
@@ -81,6 +81,11 @@ class AnnotatedJson:
         if outside:
             raise _fail(path, "images outside its folder", outside)
         self._members = self._sort(content["annotations"], files, {i: label for label, i in enumerate(ids)})
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A json file."""
+        return path.is_file() and path.suffix == ".json"
 
     def _sort(self, annotations: list[dict], files: dict[Any, str], label_of: dict[Any, int]) -> dict[int, list[str]]:
         """Paths by class; the images without a class are those of class -1."""

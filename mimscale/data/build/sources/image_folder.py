@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mimscale.data import decode
 from mimscale.data.build.listing import Found, safe_part, unique
-from mimscale.data.build.writer import ScanTask
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import DamagedSample, ShardError
 
 # What torchvision's ImageFolder takes, and GIF, which ImageNet-22K's crawl left some of.
@@ -100,7 +100,7 @@ def _stem(path: str) -> str:
     return safe_part(os.path.splitext(path)[0])  # noqa: PTH122 - half a million of them
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Class subfolders, or a flat folder as one class.
 
     Args:
@@ -120,6 +120,11 @@ class ImageFolder:
         self._folders = [entry for entry in inside if has_images(entry)]
         if not self._folders and not has_images(self.folder):
             raise ShardError(f"{folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, also in subfolders)")
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Any folder."""
+        return path.is_dir()
 
     @property
     def classes(self) -> list[str]:

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from mimscale.data import decode
 from mimscale.data.build.listing import Found, safe_part, unique
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.build.sources.image_folder import FLAT_CLASS, IMAGE_SUFFIXES
-from mimscale.data.build.writer import ScanTask
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards.tar import Member, TarError, walk
 
@@ -118,7 +118,7 @@ def _outer_members(path: Path) -> list[Member]:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-class ClassTars:
+class ClassTars(Source):
     """Class tars, in an archive of their own or in a folder; a tar's name without its suffix is the class.
 
     Raises:
@@ -137,6 +137,13 @@ class ClassTars:
             }
         if not self._parts:
             raise ShardError(f"{path}: no class tars in it")
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A folder with tars in it, or a tar of tars."""
+        if path.is_dir():
+            return any(entry.suffix == ".tar" for entry in path.iterdir())
+        return path.suffix != ".json" and any(_text(m.name).endswith(".tar") for m in _outer_members(path))
 
     @property
     def classes(self) -> list[str]:
@@ -157,7 +164,7 @@ class ClassTars:
         ]  # fmt: skip
 
 
-class PlainTar:
+class PlainTar(Source):
     """A tar of images: one folder a class, or flat with its labels in a file (ImageNet's validation images).
 
     Args:
@@ -167,6 +174,8 @@ class PlainTar:
     Raises:
         ShardError: no images in it, or it is damaged.
     """
+
+    options = frozenset({"labels"})
 
     def __init__(self, path: Path, labels: Path | None = None):
         self.path = path.resolve()
@@ -180,6 +189,11 @@ class PlainTar:
         if self._folders and len(self._folders) < len(by_class):
             raise ShardError(f"{path}: two folders in it have the same name")
         self._class_of = read_labels(labels, sorted({PurePosixPath(name).name for name in names})) if labels else None
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Any file that no source before it is."""
+        return path.is_file()
 
     @property
     def classes(self) -> list[str]:

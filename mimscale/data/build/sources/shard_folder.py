@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mimscale.data import decode
 from mimscale.data.build.listing import NO_STRATUM, Found
-from mimscale.data.build.writer import ScanTask
+from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards import fractions
+from mimscale.data.shards.format import INDEX_NAME
 from mimscale.data.shards.index import ShardIndex
 
 
@@ -58,7 +60,7 @@ def _slice(data: bytes, start: int, length: int) -> bytes:
     return data[start : start + length]
 
 
-class ShardFolder:
+class ShardFolder(Source):
     """A fraction of a shard folder. Strata and order are kept, so the fraction has the same name and the same batches.
 
     Args:
@@ -68,6 +70,8 @@ class ShardFolder:
     Raises:
         ShardError: it cannot be used, or has no such fraction.
     """
+
+    options = frozenset({"fraction"})
 
     def __init__(self, root: Path, fraction: str = "100"):
         self.root = root
@@ -81,6 +85,16 @@ class ShardFolder:
             self.percents = tuple(percent for percent in sorted(known) if percent <= int(fraction))
         else:
             self.percents = fractions.FRACTIONS
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A folder with an index."""
+        return (path / INDEX_NAME).exists()
+
+    @classmethod
+    def open(cls, path: Path, held_out: bool = False, **options: Any) -> ShardFolder:
+        """All of it, or its held-out images; or its ``fraction``."""
+        return cls(path, **{"fraction": "val" if held_out else "100", **options})
 
     @property
     def classes(self) -> list[str]:
