@@ -47,12 +47,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def lines(page: Path) -> Iterator[list[str]]:
-    """The words of every ``mimscale ...`` line of a page that a reader could type, and of those within sentences."""
-    typed = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
-    for line in (*typed, *re.findall(r"`(mimscale [^`]+)`", prose(page).replace("\n", " "))):
+def typed(page: Path) -> Iterator[list[str]]:
+    """The words of every ``mimscale ...`` line in a page's blocks that a reader could type as it stands."""
+    for line in "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines():
         line = line.strip().removeprefix("$ ")
-        if line.startswith("mimscale ") and not re.search(r"\.\.\.|\[-|\[[A-Z@]|\[key|\[data|\||\bWORD\b", line):
+        if line.startswith("mimscale ") and not re.search(r"\.\.\.|\[-|\[[A-Za-z@]|\|", line):
             yield shlex.split(line, comments=True)[1:]
 
 
@@ -80,15 +79,17 @@ def test_every_page_is_reached_from_the_map() -> None:
 
 @pages
 def test_commands_exist_and_take_the_options_shown(page: Path) -> None:
-    for word in re.findall(r"(?:^|`|\$ )mimscale ([a-z][\w-]*)", page.read_text(), re.M):
+    for word, second in re.findall(r"(?:^|`|\$ )mimscale ([a-z][\w-]*)(?: ([a-z]+))?", page.read_text(), re.M):
         assert word in COMMANDS, f"mimscale {word}"
-    for word, *rest in lines(page):
-        if word not in COMMANDS or not rest:
-            continue
+        if second and word in ("shards", "study", "bench"):
+            assert re.search(rf"\b{second}\b", command(word).parser().format_help()), f"mimscale {word} {second}"
+    for word, *rest in typed(page):
+        if word not in COMMANDS:
+            continue  # mimscale --help
+        parser = command(word).parser()
+        parse = parser.parse_args if word in ("shards", "bench") else parser.parse_intermixed_args
         try:
-            command(word).parser().parse_intermixed_args(rest)
-        except TypeError:  # argparse cannot mix a parser with subcommands
-            command(word).parser().parse_args(rest)
+            parse(rest)
         except SystemExit as stop:
             assert not stop.code, f"mimscale {word} {shlex.join(rest)}"
 
@@ -96,13 +97,15 @@ def test_commands_exist_and_take_the_options_shown(page: Path) -> None:
 @pages
 def test_files_and_names_exist(page: Path) -> None:
     text = page.read_text()
-    for path in re.findall(r"\b(?:mimscale|tests|launchers|ds_configs|shards)/[\w./-]*\.(?:py|yaml|json|sbatch)\b", text):
+    for path in re.findall(
+        r"\b(?:mimscale|tests|launchers|ds_configs|shards)/[\w./-]*\.(?:py|yaml|json|sbatch)\b", text
+    ):
         assert (ROOT / path).exists(), path
     kinds = RECIPES, FINETUNE_RECIPES, STUDIES, DS_CONFIGS
     names = {name for kind in kinds for name in (*kind.names(), *kind.aliases)}
-    families = "swinv2|vit|mae_vit|simmim_vit|imagenet1k|inat18|coco|ade20k|demo|mini|smoke|zero|cpu|giant"
-    known = names | {"swinv2_s", "vit_b", "vit_l", "vit_h"}
-    for name in re.findall(rf"`((?:{families})(?:_[\w*]+|\d\w*)?)`", text):
+    families = "swinv2|vit|mae_vit|simmim_vit|imagenet1k|inat18|coco|ade20k|demo|mini|giant"
+    known = names | {"vit_b", "vit_l", "vit_h"}
+    for name in re.findall(rf"`((?:{families})_[\w*]+|zero\d\w*)`", text):
         assert any(fnmatch(other, name) for other in known), name
     given = (("--recipe", (RECIPES, FINETUNE_RECIPES)), ("--deepspeed_config", (DS_CONFIGS,)))
     for option, choices in given:
@@ -126,6 +129,25 @@ def test_python_is_python_and_its_imports_are_there(page: Path) -> None:
         for node in ast.parse(block).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 exec(compile(ast.Module([node], []), str(page), "exec"), {})
+
+
+def test_figures_that_are_computed_are_those_printed(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide, published = ROOT / "docs/guides/study.md", ROOT / "docs/results/published.md"
+    plan = next(block for block in blocks(guide, "") if block.startswith("together"))
+    budget = next(block for block in blocks(published, "") if block.startswith("For 16 times"))
+    check = published.read_text().partition("median width |")[2]
+    for words, shown in (
+        ("plan paper", plan),
+        ("predict published --budget 16 --dataset in1k_50", budget),
+        ("predict published --check", check[: check.index("at most 2.44")]),
+    ):
+        assert command("study").main(words.split()) == 0
+        printed = capsys.readouterr().out
+        for line in shown.splitlines():
+            figures = re.findall(r"\d[\d,.]*", line)
+            found = re.search(r"\D+".join(map(re.escape, figures)), printed)
+            assert not figures or found, f"mimscale study {words}: {line}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
