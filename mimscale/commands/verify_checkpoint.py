@@ -112,15 +112,13 @@ def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, bat
     """
     index = ShardIndex.load(shards)
     if "val" not in index.fractions:
-        raise ShardError(f"{shards} has no split 'val'; build it with: python shards/build.py build ... --val SRC")
+        raise ShardError(f"{shards} has no split 'val'; build it with: mimscale shards build ... --val SRC")
     images = min(len(index.samples("val")), recipe.data.validation_images or sys.maxsize)
     objective = build_objective(recipe, extra_norm_every)
     load_released(objective.model, path)
     found = validate(PlainEvaluator(objective, batch, images), recipe, index)
     if found is None:
-        raise ShardError(
-            f"{shards} has no validation image that can be read; see: python shards/build.py verify {shards}"
-        )
+        raise ShardError(f"{shards} has no validation image that can be read; see: mimscale shards verify {shards}")
     return found, sum(parameter.numel() for parameter in objective.encoder.parameters())
 
 

@@ -6,7 +6,7 @@ class ShardError(ValueError):
 
 
 class DamagedSample(ValueError):
-    """One sample that cannot be used: reading goes on with another.
+    """One sample that cannot be used: reading continues with another.
 
     Attributes:
         reason: what was wrong, in one line.

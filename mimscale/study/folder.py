@@ -153,7 +153,7 @@ class StudyFolder:
             place = self.study.shards[job.shards]
             if place is None:
                 raise StudyError(
-                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by shards/build.py"
+                    f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by mimscale shards build"
                 )
             try:
                 self._builds[job.shards] = ShardIndex.load(place).content.build

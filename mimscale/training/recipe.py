@@ -177,7 +177,7 @@ class RunRecipe(Document):
     # Keys that may differ between two starts of one run: they change what is written, never a loss.
     free_keys: ClassVar[frozenset[str]] = FREE_KEYS
     # Keys of the data section without which there is nothing to train on, and what each is set to.
-    data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by shards/build.py"}
+    data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
 
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

@@ -15,7 +15,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import build as command
 import numpy as np
 import pytest
 import simplejpeg
@@ -23,6 +22,7 @@ import webdataset
 from conftest import ROOT
 from PIL import Image
 
+from mimscale.commands import shards as command
 from mimscale.data import ShardError, ShardIndex
 from mimscale.data.build import job_array, writer
 from mimscale.data.build.sources.image_folder import ImageFolder

@@ -73,7 +73,7 @@ def test_a_part_that_failed_is_run_again_and_the_last_one_writes_the_index(build
 def test_the_index_waits_for_a_part_that_still_runs(build, solar_shards, tmp_path, monkeypatch):
     """A part started twice is refused; one that reads its shards again is not left without its journal."""
     assert build("2/2@a")[0] is None
-    plain, seen = job_array.crew.run, []
+    plain, seen = job_array.pool.run, []
 
     def meanwhile(function, tasks, workers):
         yield from plain(function, tasks, workers)
@@ -85,7 +85,7 @@ def test_the_index_waits_for_a_part_that_still_runs(build, solar_shards, tmp_pat
             with pytest.raises(ShardError, match="another build is writing"):
                 build("1/1@b")
 
-    monkeypatch.setattr(job_array.crew, "run", meanwhile)
+    monkeypatch.setattr(job_array.pool, "run", meanwhile)
     assert build("1/2@a")[0] is not None
     assert seen
     assert digests(tmp_path / "out") == digests(solar_shards)

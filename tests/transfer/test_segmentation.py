@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -311,14 +312,12 @@ def test_other_mistakes_are_named(own_scenes):
         load_finetune_recipe(RECIPE, ["model.name=vit_b"])
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("segmentation_models_pytorch")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
-    for name in ("segmentation", "upernet", "label_pictures"):
-        monkeypatch.delitem(sys.modules, f"mimscale.transfer.{name}")
-    with pytest.raises(RecipeError, match=r"needs segmentation_models_pytorch.*: pip install 'mimscale\[dense\]'"):
-        load_finetune_recipe(RECIPE)
+def test_a_package_that_is_not_installed_is_named():
+    load = "from mimscale.transfer.recipe import load_finetune_recipe; load_finetune_recipe(sys.argv[1])"
+    script = f"import sys; sys.modules['segmentation_models_pytorch'] = None; {load}"
+    done = subprocess.run([sys.executable, "-c", script, RECIPE], cwd=ROOT, capture_output=True, text=True)
+    assert "RecipeError" in done.stderr and "needs segmentation_models_pytorch" in done.stderr
+    assert "pip install 'mimscale[dense]'" in done.stderr
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------------

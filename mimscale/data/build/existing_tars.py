@@ -82,7 +82,7 @@ def index_tars(
 ) -> Index:
     """Write the index of a folder of WebDataset tars beside them.
 
-    Their samples lie as they lie, so the fractions are views over all shards, drawn per class by ``seed``. Tars whose
+    Their samples stay where they are, so the fractions are views over all shards, drawn per class by ``seed``. Tars whose
     names have "val" or "validation" as a part become the split "val".
 
     Args:

@@ -91,7 +91,7 @@ class Layout:
         (work / "journal").mkdir(exist_ok=True)
 
     def refuse_other(self, out: Path) -> None:
-        """Raise unless what lies in the folder already is of this very build."""
+        """Raise unless what the folder already holds belongs to this very build."""
         known = None
         if (out / INDEX_NAME).exists():
             try:

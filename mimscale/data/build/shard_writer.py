@@ -1,6 +1,6 @@
 """One shard, written: images go from their source into the tar's own bytes, which are hashed and stored from there.
 
-A buffer that stays in the core's cache is filled with headers, images and labels as they lie in the tar; an image is
+A buffer that stays in the core's cache is filled with headers, images and labels in the order of the tar; an image is
 read straight into its place. So its bytes are copied once by the read and once by the write, and hashed in between.
 """
 

@@ -1,4 +1,4 @@
-"""Sources in, shards out; a killed build goes on where it was.
+"""Sources in, shards out; a killed build resumes where it was.
 
 The plan (which sample goes where) is settled from the listing alone, before a byte is written. So it does not depend
 on how many processes write, and a shard that was finished before a kill is the shard that would be written again.

@@ -348,10 +348,10 @@ class ShardIndex:
                          f"{path}: dropped from the cache as soon as it is there; raise the cache's limit")  # fmt: skip
 
     def fetch(self, shard: int) -> Path:
-        """Where a tar lies on this machine; a remote one is brought into the cache first.
+        """Where a tar is on this machine; a remote one is brought into the cache first.
 
         Raises:
-            ShardError: it cannot be had.
+            ShardError: it cannot be fetched.
         """
         facts = self.shards[shard]
         if self.cache is None:
@@ -392,23 +392,21 @@ def _read_index(root: Path) -> Index:
     except FileNotFoundError:
         pass
     except NotADirectoryError:
-        raise ShardError(f"{root} is a file; data.shards names the folder that shards/build.py wrote") from None
+        raise ShardError(f"{root} is a file; data.shards names the folder that mimscale shards build wrote") from None
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
     if not root.exists():
-        raise ShardError(
-            f"{root}: no such folder; build it with: python shards/build.py build --source SRC --out {root}"
-        )
+        raise ShardError(f"{root}: no such folder; build it with: mimscale shards build --source SRC --out {root}")
     if (root / WORK_FOLDER).exists():
         raise ShardError(
-            f"{root} holds a build that did not finish; run the same build command again, it goes on where it was"
+            f"{root} holds a build that did not finish; run the same build command again, it resumes where it was"
         )
     if any(root.glob("*.tar")):
         raise ShardError(
             f"{root} has tars but no {INDEX_NAME}: the build did not finish (run it again), or they come from elsewhere "
-            "(run: python shards/build.py index)"
+            "(run: mimscale shards index)"
         )
-    raise ShardError(f"{root} has no {INDEX_NAME}: not a shard folder; build one with: python shards/build.py build")
+    raise ShardError(f"{root} has no {INDEX_NAME}: not a shard folder; build one with: mimscale shards build")
 
 
 def draw_view_classes(count: int, of: int, seed: int) -> list[int]:

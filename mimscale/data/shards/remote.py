@@ -1,6 +1,6 @@
 """Shard folders behind http(s), s3 and whatever else fsspec reads, through a bounded cache that a node's processes share.
 
-A shard is fetched whole, held against its SHA-256 and only then given its name, so a file in the cache is a good file.
+A shard is fetched whole, checked against its SHA-256 and only then given its name, so a file in the cache is a good file.
 Two processes that want the same shard take turns at a lock: the second finds it there.
 """
 
@@ -229,7 +229,7 @@ class FetchAhead:
                 try:
                     self._fetch(shard)
                 except ShardError as error:
-                    # The reader will meet the same and say so; here it must not take the process down.
+                    # The reader will meet the same and report it; here it must not take the process down.
                     log.warning("%s", error)
                     return
                 latest[shard] = None

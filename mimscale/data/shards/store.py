@@ -36,7 +36,7 @@ def _as_png(pixels: np.ndarray) -> bytes:
 
 
 def as_pixels(pixels: np.ndarray) -> bytes:
-    """uint8 (height, width, 3) as a binary PPM: a line of header, then the pixels as they lie in memory."""
+    """uint8 (height, width, 3) as a binary PPM: a line of header, then the pixels in the order of memory."""
     height, width = pixels.shape[:2]
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
 

@@ -260,6 +260,6 @@ def too_many(damaged: dict[str, str], limit: int) -> ShardError:
     """The error for a data set that is more damaged than it may be."""
     some = "; ".join(f"{key}: {reason}" for key, reason in list(damaged.items())[:5])
     return ShardError(
-        f"{len(damaged)} damaged samples, over the limit of {limit} (python shards/build.py verify names all). "
+        f"{len(damaged)} damaged samples, over the limit of {limit} (mimscale shards verify names all). "
         f"Some of them: {some}"
     )

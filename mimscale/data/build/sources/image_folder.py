@@ -61,7 +61,7 @@ class FolderClass(ScanTask):
 
 
 def listed_images(found: Found, paths: list[str], names: list[str], prefix: str, thorough: bool) -> Found:
-    """Add images to ``found`` after a look at the structure of each; what is no image is rejected.
+    """Add images to ``found`` after a look at the structure of each; what is not an image is rejected.
 
     Args:
         found: of a class; its container is what the paths are below.

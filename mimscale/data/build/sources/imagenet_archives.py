@@ -220,7 +220,7 @@ def read_labels(path: Path, names: list[str]) -> dict[str, str | int]:
 
     Three forms are known: a line "NAME CLASS" an image, with a class name or a number in the sorted class names; a
     class name a line, in the order of the image names; and the devkit's ``ILSVRC2012_validation_ground_truth.txt``, a
-    number a line, with the devkit's ``meta.mat`` beside it to say which class the number is.
+    number a line, with the devkit's ``meta.mat`` beside it, which gives the class of a number.
 
     Args:
         path: the file.
