@@ -116,6 +116,22 @@ def test_files_and_names_exist(page: Path) -> None:
 
 
 @pages
+def test_keys_of_recipes_and_studies_are_in_the_reference(page: Path) -> None:
+    reference = (ROOT / "docs/recipe.md").read_text()
+    sections = "data|model|mim|optimizer|schedule|train|finetune|mix|local|speed|slurm"
+    for key in re.findall(rf"(?<![\w./@])((?:{sections})\.[a-z_]+)(?=[=`])", page.read_text()):
+        assert f"`{key}`" in reference, key
+
+
+def test_pages_that_code_and_recipes_refer_to_are_there() -> None:
+    for folder in ("mimscale", "launchers", "tests", "shards"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".sbatch"):
+                for page in re.findall(r"\bdocs/[\w./-]+\.(?:md|html|png)", path.read_text()):
+                    assert (ROOT / page).exists(), f"{path}: {page}"
+
+
+@pages
 def test_words_are_the_fields_own_and_paths_are_nobodys(page: Path) -> None:
     text = page.read_text()
     assert not UNUSUAL.search(prose(page)), UNUSUAL.search(prose(page))
