@@ -111,6 +111,8 @@ def test_files_and_names_exist(page: Path) -> None:
     for option, choices in given:
         for name in re.findall(rf"{option}[ =]([\w./]+)", text):
             assert name.isupper() or any(kind.find(name).is_file() for kind in choices), f"{option} {name}"
+    for name in re.findall(r"mimscale submit ([a-z][\w/]*)", text):
+        assert RECIPES.find(name).is_file(), f"submit {name}"
     for name in re.findall(r"mimscale study \w+ +([a-z]\w*)", text):
         assert name == "published" or STUDIES.find(name).is_file(), f"study {name}"
 
@@ -119,7 +121,7 @@ def test_files_and_names_exist(page: Path) -> None:
 def test_keys_of_recipes_and_studies_are_in_the_reference(page: Path) -> None:
     reference = (ROOT / "docs/recipe.md").read_text()
     sections = "data|model|mim|optimizer|schedule|train|finetune|mix|local|speed|slurm"
-    for key in re.findall(rf"(?<![\w./@])((?:{sections})\.[a-z_]+)(?=[=`])", page.read_text()):
+    for key in re.findall(rf"(?<![\w./@])((?:{sections})\.(?!log|sbatch|py)[a-z_]+)(?=[=`])", page.read_text()):
         assert f"`{key}`" in reference, key
 
 
