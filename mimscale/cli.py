@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and "_ARGCOMPLETE" in os.environ:
         from mimscale.completion import complete
 
-        complete()
+        complete(COMMANDS, command)
     word, *words = sys.argv[1:] if argv is None else argv or [""]
     if word in COMMANDS:
         return command(word).main(words)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Collection
+from types import ModuleType
 
-from mimscale.cli import COMMANDS, command
 from mimscale.resources import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, STUDIES, Kind
 
 
-def complete() -> None:
-    """Answer the shell, which has put the line into the environment, and exit."""
+def complete(commands: Collection[str], command: Callable[[str], ModuleType]) -> None:
+    """Answer the shell, which has put the line into the environment, and exit.
+
+    Args:
+        commands: their words.
+        command: gives the module of one, which has a ``parser()``.
+    """
     import argcomplete
 
     line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
     before = line[:point].split()
     first = int(os.environ["_ARGCOMPLETE"])  # the word that is the program, counted from 1
     word = before[first] if len(before) > first else ""
-    if word in COMMANDS and (len(before) > first + 1 or line[:point].endswith(" ")):
+    if word in commands and (len(before) > first + 1 or line[:point].endswith(" ")):
         os.environ["_ARGCOMPLETE"] = str(first + 1)
         made = command(word).parser()
         for action in made._actions:
@@ -25,7 +31,7 @@ def complete() -> None:
                 action.completer = _Names(kind)
     else:
         made = argparse.ArgumentParser("mimscale", add_help=False)
-        made.add_argument("command", choices=[*COMMANDS, "--help", "--version"])
+        made.add_argument("command", choices=[*commands, "--help", "--version"])
     argcomplete.autocomplete(made)
 
 
