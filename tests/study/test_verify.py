@@ -43,7 +43,7 @@ def test_both_losses_are_those_of_an_implementation_that_shares_no_code(
     arguments = ["--shards", str(solar_shards), "--images", str(count), "--json", str(found)]
     assert main(["verify-checkpoint", str(released()), *arguments]) == 0
     figures = json.loads(found.read_text())
-    stream = ValidationStream(ShardIndex.load(solar_shards), image_size=128, batch_size=count, mask_grid=4, hidden=10)
+    stream = ValidationStream(ShardIndex.load(solar_shards), image_size=128, batch_size=count, mask_grid=4, masked=10)
     batch = next(iter(stream))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = (batch.images.double() / 255 - mean) / std
