@@ -97,6 +97,9 @@ KINDS = {
     "step": (_step, "time pre-training steps against timm's SwinV2 and the machine's matrix products"),
     "memory": (_memory, "count activation memory, bytes an image"),
     "data": (_data, "read and decode against ImageFolder, webdataset and the decoder's limit"),
-    "communication": (_communication, "count bytes between ranks in real steps, against the model of docs/scaling.md"),
+    "communication": (
+        _communication,
+        "count bytes between ranks in real steps, against the model of docs/design/communication.md",
+    ),
     "save": (_save, "time how long a step waits for a checkpoint, beside training and in line"),
 }
