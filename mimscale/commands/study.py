@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimscale.registry import objectives
+
 if TYPE_CHECKING:
     from mimscale.study.jobs import Job
     from mimscale.study.results.result import Result
@@ -119,9 +121,9 @@ def parser(program: str = "mimscale study") -> argparse.ArgumentParser:
     question.add_argument("--length", type=int, metavar="N", help="iterations of the cell to predict")
     question.add_argument("--budget", type=float, help="relative compute; the smallest model's shortest length is 1")
     question.add_argument(
-        "--objective", default="simmim", choices=["simmim", "mae"], help="whose cells (default: simmim)"
+        "--objective", default="simmim", choices=objectives.names(), help="whose cells (default: simmim)"
     )
-    question.add_argument("--check", action="store_true", help="foretell cells that were run, from the others")
+    question.add_argument("--check", action="store_true", help="predict cells that were run, from the others")
     return made
 
 

@@ -28,7 +28,7 @@ from mimscale.torch_private import assert_async
 
 
 class MAEDecoder(nn.Module):
-    """Put mask tokens where patches are hidden, mix all tokens, predict pixels.
+    """Put mask tokens where patches are masked, mix all tokens, predict pixels.
 
     Args:
         encoder: whose tokens it takes.
@@ -55,7 +55,7 @@ class MAEDecoder(nn.Module):
 
         Args:
             tokens: (B, 1 + K, C), class token first.
-            place: (B, L) int64, where each patch's token is among the K visible ones; K for the hidden.
+            place: (B, L) int64, where each patch's token is among the K visible ones; K for the masked.
             grid: rows and columns of patches.
 
         Returns:
@@ -155,7 +155,7 @@ class MAE(MIMObjective):
 
         Args:
             images: (B, 3, H, W).
-            mask: (B, H/patch, W/patch) bool, True = hidden; None for nothing.
+            mask: (B, H/patch, W/patch) bool, True = masked; None for nothing.
             draw_keys: (B,) int64 that drop-path decisions derive from.
 
         Raises:
@@ -165,22 +165,22 @@ class MAE(MIMObjective):
         return self.encoder(images, visible=visible, draw_keys=draw_keys, output="tokens")
 
     def _split(self, images: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """List the visible patches (B, K), and the place of each patch among them (B, L), K for the hidden."""
+        """List the visible patches (B, K), and the place of each patch among them (B, L), K for the masked."""
         check_mask(mask, images, self.encoder.patch_size)
-        hidden = mask.flatten(1).bool()
-        counts = hidden.sum(1)
+        masked = mask.flatten(1).bool()
+        counts = masked.sum(1)
         if mask.device.type == "cpu":
             count = int(counts[0])
             if (counts != count).any():
                 raise ValueError(f"MAE's masks must hide equally many patches of every image, not {counts.tolist()}")
         else:
             # Counting on an accelerator would mean waiting for it, so the number is known and checked in passing.
-            count = visible_down(hidden.shape[1], self.mask_ratio)
+            count = visible_down(masked.shape[1], self.mask_ratio)
             if mask.device.type == "cuda":
                 assert_async((counts == count).all(), f"a mask does not hide the {count} patches of mask_ratio")
-        keep = hidden.shape[1] - count
-        visible = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
-        place = ((~hidden).cumsum(1) - 1).masked_fill(hidden, keep)
+        keep = masked.shape[1] - count
+        visible = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
+        place = ((~masked).cumsum(1) - 1).masked_fill(masked, keep)
         return visible, place
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
@@ -193,11 +193,11 @@ class MAE(MIMObjective):
         return zero_losses(target.flatten(1), mask.flatten(1).unsqueeze(-1).expand_as(target).flatten(1))
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor, draw_keys: torch.Tensor | None = None) -> MIMOutput:
-        """Predict the hidden patches from the visible ones.
+        """Predict the masked patches from the visible ones.
 
         Args:
             images: (B, 3, H, W), normalised by ImageNet's mean and deviation, fp32.
-            mask: (B, H/patch, W/patch) bool, True = hidden, equally many of every image.
+            mask: (B, H/patch, W/patch) bool, True = masked, equally many of every image.
             draw_keys: (B,) int64, one per sample draw, that drop-path decisions derive from.
 
         Returns:
@@ -224,7 +224,7 @@ class MAE(MIMObjective):
         )
 
     def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Fill the hidden patches of images with what was predicted, so that a person can look at it.
+        """Fill the masked patches of images with what was predicted, so that a person can look at it.
 
         Where the prediction is of normalised pixels, it is turned back with the mean and deviation of the true image's
         own patches, which the model never saw: colour and contrast are the image's, structure is the model's.
@@ -232,7 +232,7 @@ class MAE(MIMObjective):
         Args:
             images: (B, 3, H, W) as the model was given them.
             prediction: (B, 3, H, W), ``MIMOutput.prediction``.
-            mask: (B, H/patch, W/patch), True = hidden.
+            mask: (B, H/patch, W/patch), True = masked.
 
         Returns:
             (B, 3, H, W), in the space of ``images``.

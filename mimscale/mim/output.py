@@ -11,9 +11,9 @@ class MIMOutput(dict):
     A dict, so that DeepSpeed finds the loss in it. Losses are fp32 (fp64 for an fp64 model).
 
     Attributes:
-        loss: mean over the hidden pixels and channels of the batch.
+        loss: mean over the masked pixels and channels of the batch.
         prediction: (B, 3, H, W), in the space of the target.
-        per_sample: {"l1": (B,), "l2": (B,)}, means over each image's hidden pixels and channels, without gradient.
+        per_sample: {"l1": (B,), "l2": (B,)}, means over each image's masked pixels and channels, without gradient.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class MIMOutput(dict):
 
     @property
     def loss(self) -> torch.Tensor:
-        """Mean over the hidden pixels and channels of the batch."""
+        """Mean over the masked pixels and channels of the batch."""
         return self["loss"]
 
     @property

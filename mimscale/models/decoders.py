@@ -38,21 +38,21 @@ class LinearDecoder(nn.Sequential):
     def __init__(self, dim: int, stride: int, channels: int):
         super().__init__(PixelHead(dim, channels * stride * stride), nn.PixelShuffle(stride))
 
-    def forward(self, features: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor:
         """Predict pixels.
 
         Args:
             features: (B, dim, h, w).
-            hidden: indices (K,) of the features, counted through (B, h, w), that are to be predicted; None for all.
+            masked: indices (K,) of the features, counted through (B, h, w), that are to be predicted; None for all.
 
         Returns:
-            Images (B, channels, h * stride, w * stride), or with ``hidden`` their patches
+            Images (B, channels, h * stride, w * stride), or with ``masked`` their patches
             (K, channels * stride * stride).
         """
         batch, _, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)
-        if hidden is not None:
-            return self[0](rows.index_select(0, hidden))
+        if masked is not None:
+            return self[0](rows.index_select(0, masked))
         pixels = self[0](rows).view(batch, height, width, -1).permute(0, 3, 1, 2)
         return self[1](pixels)
 
@@ -82,7 +82,7 @@ class BlockDecoder(LinearDecoder):
         self.window, self.reference = encoder.window_size, encoder.references[-1]
         self._plans = PlanCache()
 
-    def forward(self, features: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor:
         """Predict pixels, as ``LinearDecoder`` does."""
         batch, dim, height, width = features.shape
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -92,7 +92,7 @@ class BlockDecoder(LinearDecoder):
         bias = self.cpb_mlp(plan.positions[0])
         x, order = run_blocks(self.blocks, tokens, bias, plan=plan)
         x = plan.leave[order](x).transpose(1, 2).reshape(batch, dim, height, width)
-        return super().forward(x, hidden)
+        return super().forward(x, masked)
 
 
 def create_decoder(

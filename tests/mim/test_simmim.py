@@ -10,6 +10,7 @@ from reference_swin_v2 import normalised_target
 
 from mimscale.masking import MAE_RATIO, SIMMIM_RATIO, MaskGeometry, masked_up, visible_down
 from mimscale.mim import SimMIM, local_normalise
+from mimscale.mim.targets import create_target
 from mimscale.models import create_encoder
 
 
@@ -122,3 +123,54 @@ def test_unknown_losses_decoders_and_encoders_are_errors():
         small(decoder="four")
     with pytest.raises(ValueError, match="mask token"):
         SimMIM(create_encoder("swinv2_s", embed_dim=6, num_heads=(1, 1, 1, 1), mask_token=False))
+
+
+@pytest.mark.parametrize("name", ["swinv2_s", "vit_b"])
+@pytest.mark.parametrize("patch", [16, 32, 64])
+def test_squares_of_any_whole_number_of_patches_can_be_masked(name, patch):
+    """Finer and coarser than a feature: masked pixels alone count, and never reach the encoder."""
+    sizes = (
+        {"window_size": 4, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 2)}
+        if name == "swinv2_s"
+        else {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    )
+    torch.manual_seed(0)
+    encoder = create_encoder(name, img_size=128, drop_path=0.0, mask_token=True, **sizes)
+    model = SimMIM(encoder, target_window=15, mask_patch=patch)
+    images, cells = photographs(2, 128), 128 // patch
+    assert model.mask_geometry.grid == (cells, cells)
+    mask = random_mask(2, cells, cells, model.mask_geometry.masked)
+    masked = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    output, whole = model(images, mask), model.eval()(images, mask)
+    expected = ((whole.prediction - local_normalise(images, 15)) ** 2)[masked.expand(-1, 3, -1, -1)].mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert whole.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images, mask), model.encode(images + 5 * masked, mask))
+        changed = model.reconstruct(images, torch.zeros_like(images), mask) != images
+    assert not changed[~masked.expand_as(changed)].any() and changed[masked.expand_as(changed)].float().mean() > 0.9
+
+
+def test_masks_that_do_not_fit_are_errors_that_say_what_would():
+    encoder = create_encoder("vit_h", img_size=224, embed_dim=32, depth=1, num_heads=2, mask_token=True)
+    with pytest.raises(
+        ValueError, match=r"mask_patch=32 is not a multiple of the 14-pixel patch .*; 28 or 42 would fit"
+    ):
+        SimMIM(encoder)
+    with pytest.raises(ValueError, match=r"mask must be \(2, 4, 4\) .* squares of 16 pixels"):
+        small(mask_patch=16)(photographs(2, 64), random_mask(2, 2, 2, 1))
+    with pytest.raises(ValueError, match="without a classifier"):
+        SimMIM(create_encoder("swinv2_s", num_classes=3))
+    with pytest.raises(ValueError, match="SwinV2 alone"):
+        SimMIM(create_encoder("vit_b", mask_token=True), decoder="4-blocks")
+
+
+@pytest.mark.parametrize("target", ["raw-pixels", "patch-normalised-pixels", "normalised-pixels"])
+def test_every_target_of_pixels_has_a_way_back_to_the_photograph(target):
+    images = photographs(2, 64)
+    predicts = create_target(target)
+    seen = predicts(images)
+    assert seen.shape == images.shape
+    torch.testing.assert_close(predicts.pixels(seen, images), images, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=f"{target} has no option bins"):
+        create_target(target, bins=3)

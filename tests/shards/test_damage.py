@@ -137,7 +137,7 @@ def damage(folder: Path, index: ShardIndex, draw: random.Random) -> str:
 def read_epoch(folder: Path) -> tuple[int, set[str]]:
     """Read a folder without the checks of opening, as a run does whose shards are damaged after it began."""
     index = ShardIndex.load_unchecked(folder)
-    stream = MIMStream(index, "100", image_size=32, global_batch=31, stop_step=1, max_damaged=31, hidden=0)
+    stream = MIMStream(index, "100", image_size=32, global_batch=31, stop_step=1, max_damaged=31, masked=0)
     batch = next(iter(stream))
     return len(batch.keys), {key for key, _ in batch.skipped}
 
@@ -227,7 +227,7 @@ def test_damaged_sources_stop_a_build_or_leave_out_what_is_damaged(small_source,
 def test_damage_done_while_reading_is_skipped(small_shards, tmp_path):
     folder = Path(shutil.copytree(small_shards, tmp_path / "shards"))
     index = ShardIndex.load(folder)
-    stream = MIMStream(index, "100", image_size=32, global_batch=31, hidden=0)
+    stream = MIMStream(index, "100", image_size=32, global_batch=31, masked=0)
     assert not stream.batch(0).skipped
     for shard in index.shards[:3]:
         os.truncate(folder / shard.file, 700)

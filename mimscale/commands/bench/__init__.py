@@ -99,7 +99,7 @@ KINDS = {
     "data": (_data, "read and decode against ImageFolder, webdataset and the decoder's limit"),
     "communication": (
         _communication,
-        "count bytes between ranks in real steps, against the model of docs/design/communication.md",
+        "count bytes between ranks in real steps, against docs/results/communication.md",
     ),
     "save": (_save, "time how long a step waits for a checkpoint, beside training and in line"),
 }
