@@ -222,8 +222,8 @@ class RunRecipe(Document):
 
     def deciding(self) -> dict[str, Any]:
         """Every dotted key that can change a loss, with its value, as recipes have had them from the beginning."""
-        values = flatten(self.model_dump(mode="json"))
-        kept = {name: value for name, value in values.items() if name not in self.free_keys}
+        values, free = flatten(self.model_dump(mode="json")), self.free_keys
+        kept = {name: value for name, value in values.items() if name not in free}
         kept = {name: value for name, value in kept.items() if name not in self.added or value != self.added[name]}
         return self.former | kept
 

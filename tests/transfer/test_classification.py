@@ -26,8 +26,8 @@ from mimscale.cli import main
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import TrainingError
-from mimscale.training.planning.counting import kept_bytes
-from mimscale.training.planning.memory import PLANNED_SHARE, plan_rank
+from mimscale.training.planning.counting import PLANNED_SHARE, kept_bytes
+from mimscale.training.planning.memory import plan_rank
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.ranks import Ranks
 from mimscale.training.run_folder import saved_steps
