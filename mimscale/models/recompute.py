@@ -9,14 +9,36 @@ import torch.utils.checkpoint
 Checkpoint = Callable[..., torch.Tensor]
 
 
+class _Last(torch.autograd.Function):
+    """What a recomputed function ends in, which so comes first in its backward pass and sets off the recomputation.
+
+    ZeRO-3 gathers a module's parameters when the gradient reaches it, and lets go of them when its forward pass ends. Were
+    the recomputation set off by a module's own backward pass, it would let go of what was just gathered for that.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _ = ctx.saved_tensors
+        return grad
+
+
 def checkpoint_whole(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """Recompute ``function`` in the backward pass, from beginning to end.
 
     torch would stop the recomputation at the last tensor it needs; ZeRO-3 has to see every module through, or it
     keeps parameters gathered.
     """
+
+    def whole(*tensors: torch.Tensor) -> torch.Tensor:
+        return _Last.apply(function(*tensors))
+
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return torch.utils.checkpoint.checkpoint(whole, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_checkpoints(

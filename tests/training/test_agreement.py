@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import TINY, losses, records, run_ranks
+from training_runs import ROOT, TINY, losses, records, run_ranks
 
 STAGES = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
 MAE = [
-    "mim.objective=mae",
-    "model.name=vit_b",
+    *(key for key in TINY if not key.startswith("model.")),
     "model.embed_dim=32",
-    "model.depths=null",
     "model.depth=2",
     "model.num_heads=2",
+    "model.drop_path=0.2",
     "mim.decoder_dim=32",
     "mim.decoder_depth=1",
     "mim.decoder_heads=2",
@@ -24,10 +23,13 @@ MAE = [
 def runs(tmp_path_factory, shards) -> Path:
     """All variants of one run: folders named ranks-variant."""
     folder = tmp_path_factory.mktemp("agreement")
-    fixed = [*TINY, f"data.shards={shards}"]
 
     def cell(name: str, config: dict, *overrides: str) -> dict:
-        return {"output": folder / name, "config": config, "overrides": [*fixed, *overrides]}
+        return {"output": folder / name, "config": config, "overrides": [*TINY, f"data.shards={shards}", *overrides]}
+
+    def mae(name: str, config: dict, *overrides: str) -> dict:
+        recipe = ROOT / "launchers/recipes/mini_mae.yaml"
+        return {**cell(name, config), "recipe": recipe, "overrides": [*MAE, f"data.shards={shards}", *overrides]}
 
     one = [cell("1-zero0", STAGES["zero0"]), cell("1-zero3", STAGES["zero3"])]
     one.append(cell("1-micro2", {**STAGES["zero2"], "train_micro_batch_size_per_gpu": 2}))
@@ -41,9 +43,9 @@ def runs(tmp_path_factory, shards) -> Path:
     for stage in (1, 2, 3):
         config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2}
         two.append(cell(f"2-bf16-zero{stage}", config, "train.iterations=6", "train.validate_every=100"))
-    for name, config in (("zero2", STAGES["zero2"]), ("zero3", STAGES["zero3"])):
-        two.append(cell(f"2-mae-{name}", config, *MAE))
-    one.append(cell("1-mae", {"train_micro_batch_size_per_gpu": 2}, *MAE))
+    two += [mae(f"2-mae-{name}", STAGES[name]) for name in ("zero2", "zero3")]
+    two.append(mae("2-mae-checkpointing", STAGES["zero3"], "train.activation_checkpointing=true"))
+    one.append(mae("1-mae", {"train_micro_batch_size_per_gpu": 2}))
     run_ranks(1, one)
     run_ranks(2, two)
     return folder
@@ -105,7 +107,7 @@ def test_a_run_folder_holds_what_is_promised(runs: Path):
     assert result["validation"]["val_loss"] == records(run, "val_loss")[-1]["val_loss"]
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "checkpointing"])
 def test_mae_agrees_likewise(runs: Path, name: str):
     assert losses(runs / f"2-mae-{name}") == pytest.approx(losses(runs / "1-mae"), rel=1e-5)
     for there, here in zip(
