@@ -9,4 +9,4 @@ import sys
 from mimscale.commands.study import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="study.py"))

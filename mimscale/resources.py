@@ -1,9 +1,67 @@
-"""Where the files are that come with mimscale: launchers, recipes, studies, DeepSpeed configurations."""
+"""What comes with mimscale beside its modules: launchers, recipes, studies, DeepSpeed configurations, Slurm files.
 
+They lie at the top of a clone; a wheel carries the same folders inside the package. Wherever a file of one of the kinds below is
+asked for, its name does, from any folder: ``swinv2_b``, ``finetune/demo``, ``zero2``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-_CLONE = Path(__file__).resolve().parents[1]
-LAUNCHERS = _CLONE / "launchers"
-RECIPES = LAUNCHERS / "recipes"
-STUDIES = LAUNCHERS / "studies"
-DS_CONFIGS = _CLONE / "ds_configs"
+_PACKAGE = Path(__file__).resolve().parent
+_CARRIED = _PACKAGE / "carried"  # setup.py puts it into a wheel
+ROOT = _CARRIED if _CARRIED.is_dir() else _PACKAGE.parent
+LAUNCHERS = ROOT / "launchers"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file that is found by name.
+
+    Args:
+        what: it is called in messages.
+        folder: where those that come with mimscale lie.
+        suffix: of its files.
+        aliases: further names, each with the one that it stands for.
+    """
+
+    what: str
+    folder: Path
+    suffix: str
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def find(self, name: str | Path) -> Path:
+        """The file that ``name`` means; ``name`` itself where there is none, so that reading it fails.
+
+        A file of that path counts first, then one of the same path in a clone (``launchers/recipes/demo.yaml``), then a name.
+        """
+        path = Path(name)
+        if path.is_absolute() or (path.exists() and not path.is_dir()):  # a folder may have a recipe's name
+            return path
+        if (ROOT / path).is_file():
+            return ROOT / path
+        named = self.folder / f"{self.aliases.get(str(path), path)}{self.suffix}"
+        return named if named.is_file() else path
+
+    def names(self) -> list[str]:
+        """What :meth:`find` knows by name."""
+        found = (path.relative_to(self.folder).with_suffix("") for path in self.folder.rglob(f"*{self.suffix}"))
+        return sorted(map(str, found), key=lambda name: ("/" in name, name))
+
+    def missing(self, name: str | Path) -> str:
+        """What to say where :meth:`find` has found nothing: the nearest name, and where was looked."""
+        path, names = Path(name), self.names()
+        near = difflib.get_close_matches(path.name.removesuffix(self.suffix), names, n=1, cutoff=0.6)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        beside = sorted(p.name for p in path.parent.glob(f"*{self.suffix}")) if path.parent.is_dir() else []
+        looked = f"{path.parent.resolve()} holds {', '.join(beside) or f'no {self.suffix} file'}"
+        return f"there is no {self.what} {name}{hint}; {looked}; {self.folder} holds {', '.join(names)}"
+
+
+RECIPES = Kind("recipe", LAUNCHERS / "recipes", ".yaml")
+FINETUNE_RECIPES = Kind("recipe", LAUNCHERS / "recipes" / "finetune", ".yaml", {"demo_classification": "demo"})
+STUDIES = Kind("study", LAUNCHERS / "studies", ".yaml")
+DS_CONFIGS = Kind("DeepSpeed configuration", ROOT / "ds_configs", ".json")

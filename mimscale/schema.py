@@ -21,6 +21,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from mimscale.resources import Kind
+
 # Suggestions are for typing errors; what differs more than this is another word.
 NEAR = 0.7
 LISTED = 20
@@ -84,12 +86,13 @@ class Section(BaseModel):
 class Document(Section):
     """A whole file.
 
-    ``noun`` is one of ``KINDS``, ``kind`` what ``mimscale keys --kind`` calls it; ``renamed`` gives the new names of former
-    keys.
+    ``noun`` is one of ``KINDS``, ``kind`` what ``mimscale keys --kind`` calls it; ``files`` are those that come with mimscale
+    and may be given by name; ``renamed`` gives the new names of former keys.
     """
 
     noun: ClassVar[str]
     kind: ClassVar[str]
+    files: ClassVar[Kind | None] = None
     error: ClassVar[type[SchemaError]] = SchemaError
     renamed: ClassVar[dict[str, str]] = {}
 
@@ -567,19 +570,21 @@ def _keep_text(node: yaml.Node, schema: type[BaseModel] | None, path: str, seen:
 
 
 def read_yaml(
-    path: Path, noun: str = "recipe", error: type[Exception] = SchemaError, schema: type[BaseModel] | None = None
+    path: str | Path,
+    noun: str = "recipe",
+    error: type[Exception] = SchemaError,
+    schema: type[BaseModel] | None = None,
+    files: Kind | None = None,
 ) -> dict[str, Any]:
-    """A YAML file's top-level mapping; see :func:`parse_yaml`.
+    """A YAML file's top-level mapping; see :func:`parse_yaml`. One of ``files`` may be given by its name.
 
     Raises:
         SchemaError: (or ``error``) the file is not there, is no YAML, or holds something else than a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (files.find(path) if files else Path(path)).read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        listing = f"; {path.parent} holds {', '.join(p.name for p in near)}" if near else ""
-        raise error(f"there is no {noun} {path}{listing}") from None
+        raise error(files.missing(path) if files else f"there is no {noun} {path}") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"cannot read the {noun} {path}: {problem}") from None
     values = parse_yaml(text, str(path), schema, error)
@@ -794,7 +799,8 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[AnyDocument]) 
     Raises:
         SchemaError: (the schema's ``error``) see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
     """
-    return settle(read_yaml(Path(path), schema.noun, schema.error, schema), str(path), overrides, schema)
+    values = read_yaml(path, schema.noun, schema.error, schema, schema.files)
+    return settle(values, str(path), overrides, schema)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

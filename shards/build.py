@@ -8,4 +8,4 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from mimscale.commands.shards import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="build.py"))

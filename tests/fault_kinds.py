@@ -18,8 +18,10 @@ import psutil
 from training_runs import launcher, records
 
 from mimscale.commands import pretrain
-from mimscale.training.checkpoint import Checkpoint, CheckpointError, saved_steps
+from mimscale.training.checkpoint import Checkpoint
+from mimscale.training.errors import CheckpointError
 from mimscale.training.faults.preemption import REQUEUE_EXIT
+from mimscale.training.run_folder import saved_steps
 
 PATIENCE = 240.0
 

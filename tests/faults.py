@@ -37,7 +37,7 @@ from fault_kinds import KINDS, PATIENCE, Outcome, Start, Violation, whole_steps 
 from training_runs import ROOT, TINY, losses, records, write_config  # noqa: E402
 
 import mimscale.training.pretraining.task  # noqa: E402, F401
-from mimscale.training.checkpoint import saved_steps, step_name  # noqa: E402
+from mimscale.training.run_folder import saved_steps, step_name  # noqa: E402
 
 INTERVAL = 4
 SETTINGS = [

@@ -62,13 +62,12 @@ VIT = {
 }
 TUNING = {
     **TRAINING,
-    "model.window_size": 4,
-    "model.pretrained_window_size": 0,
     "train.iterations": 12,
     "train.checkpoint_every": 4,
     "train.validate_every": 12,
     "train.global_batch": 4,
 }
+WINDOWS = {"model.window_size": 4, "model.pretrained_window_size": 0}  # keys of SwinV2 alone
 OF_TASK: dict[str, dict[str, Any]] = {
     "in1k": {"data.resize_shorter": 64},
     "inat18": {"data.resize_shorter": 64},
@@ -130,7 +129,8 @@ def scaled_paper(
     on_scenes = [name for name in ON_SCENES if name in values["finetune"]]
     scenes = composed_scenes.write(folder / "scenes", training=12, validation=4) if on_scenes else folder
     for name, task in values["finetune"].items():
-        task["overrides"] = TUNING | OF_TASK[name] | (_of_scenes(scenes, name) if name in ON_SCENES else {})
+        windows = WINDOWS if models is None or any(model in CHANNELS for model in models) else {}
+        task["overrides"] = TUNING | windows | OF_TASK[name] | (_of_scenes(scenes, name) if name in ON_SCENES else {})
     path = folder / "paper.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path

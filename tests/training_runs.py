@@ -123,7 +123,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 def kill_after_a_checkpoint(command: list[str], run: Path, step: int) -> None:
     """Start a training and kill it with all its processes as soon as a checkpoint of ``step`` or later is there."""
-    from mimscale.training.checkpoint import saved_steps
+    from mimscale.training.run_folder import saved_steps
 
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 300

@@ -6,22 +6,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.models.weights.export import ending, export_weights, usage
-from mimscale.models.weights.released import all_weights
-from mimscale.training.checkpoint import step_name
-from mimscale.transfer.load import load_run
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``mimscale export``."""
-    parser = argparse.ArgumentParser(prog="mimscale export", description=__doc__)
-    parser.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale export", description=__doc__, allow_abbrev=False)
+    made.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
+    made.add_argument(
         "--to", required=True, metavar="FORMAT", help="safetensors (mimscale's own), timm, huggingface, or released"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
-    arguments = parser.parse_args(argv)
+    made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    made.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    arguments = parser().parse_args(argv)
+    from mimscale.models.weights.export import ending, export_weights, usage
+    from mimscale.models.weights.released import all_weights
+    from mimscale.training.run_folder import step_name
+    from mimscale.transfer.load import load_run
+
     try:
         run = load_run(arguments.run, arguments.step)
         checkpoint, module = run.checkpoint, run.meta_module

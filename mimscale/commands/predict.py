@@ -6,18 +6,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.data.decode import read_rgb
-from mimscale.training.pictures import save_png
-from mimscale.transfer.load import load_run
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale predict", description=__doc__, allow_abbrev=False)
+    made.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    made.add_argument("--run", required=True, metavar="RUN[@STEP]", help="fine-tuning run")
+    made.add_argument("--output", type=Path, help="folder for pictures, where the task draws some (default: .)")
+    return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="mimscale predict", description=__doc__, allow_abbrev=False)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--run", required=True, metavar="RUN[@STEP]", help="fine-tuning run")
-    parser.add_argument("--output", type=Path, help="folder for pictures, where the task draws some (default: .)")
-    args = parser.parse_args(argv)
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    args = parser().parse_args(argv)
+    from mimscale.data.decode import read_rgb
+    from mimscale.training.pictures import save_png
+    from mimscale.transfer.load import load_run
+
     try:
         run = load_run(args.run)
         task, module, data = run.task, run.module(), run.checkpoint.manifest["data"]

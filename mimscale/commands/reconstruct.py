@@ -6,45 +6,31 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
 
-from mimscale.data import ShardError, ShardIndex, ValidationStream
-from mimscale.data.decode import read_rgb
-from mimscale.data.stream.augment import resize_and_centre_crop
-from mimscale.training.checkpoint import CheckpointError
-from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
-from mimscale.training.recipe import Recipe, RecipeError
-from mimscale.transfer.load import load_run
-
-
-def read_images(paths: list[Path], size: int) -> Tensor:
-    """Centre crops (N, 3, size, size) uint8 of image files, cut as validation cuts them.
-
-    Raises:
-        DamagedSample: a file cannot be read or is no image; it is named.
-    """
-    return torch.stack([resize_and_centre_crop(read_rgb(path), size, size, "bilinear") for path in paths])
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__, allow_abbrev=False)
+    made.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
+    made.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
+    made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    made.add_argument("--count", type=int, default=8, help="how many validation images (default: 8)")
+    made.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
+    made.add_argument("--output", type=Path, help="PNG to write (default: RUN/reconstructions/images_STEP.png)")
+    return made
 
 
-def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:
-    """Masks (count, h, w) that hide as many patches as in training."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = recipe.mask.grid
-    ranks = torch.rand(count, rows * columns, generator=generator).argsort(1).argsort(1)
-    return (ranks < recipe.mask.masked).view(count, rows, columns)
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    args = parser().parse_args(argv)
+    import torch
 
+    from mimscale.data import ShardError, ShardIndex, ValidationStream
+    from mimscale.training.errors import CheckpointError
+    from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
+    from mimscale.training.pretraining.reconstruction import random_masks, read_images
+    from mimscale.training.recipe import RecipeError
+    from mimscale.transfer.load import load_run
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__)
-    parser.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
-    parser.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--count", type=int, default=8, help="how many validation images (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
-    parser.add_argument("--output", type=Path, help="PNG to write (default: RUN/reconstructions/images_STEP.png)")
-    args = parser.parse_args(argv)
     try:
         run = load_run(args.run, args.step)
         if run.kind is not None:

@@ -1,9 +1,9 @@
 """Build, check and list shard folders.
 
-python shards/build.py build --source SRC --out OUT [--val SRC]
-python shards/build.py index FOLDER
-python shards/build.py verify OUT
-python shards/build.py list OUT
+mimscale shards build --source SRC --out OUT [--val SRC]
+mimscale shards index FOLDER
+mimscale shards verify OUT
+mimscale shards list OUT
 """
 
 from __future__ import annotations
@@ -167,9 +167,11 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     cores = pool.usable_cores()
 
@@ -236,15 +238,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = "mimscale shards") -> int:
     """Run a command; returns its exit status."""
-    options = parser().parse_args(arguments)
+    options = parser(program).parse_args(arguments)
     try:
         return options.run(options)
     except (ShardError, RegistryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"mimscale: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
+        print(f"mimscale: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
     return 1

@@ -7,9 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from mimscale.schema import SchemaError
-from mimscale.training.status import status
-
 REFRESH_SECONDS = 5
 
 
@@ -22,12 +19,20 @@ def _runs(paths: list[Path]) -> list[Path]:
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale status", description=__doc__, allow_abbrev=False)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
+    made.add_argument("--watch", action="store_true", help=f"look again every {REFRESH_SECONDS} seconds")
+    return made
+
+
 def main(argv: list[str]) -> int:
     """Run the command: status 0 when every run is finished or running, else 1."""
-    parser = argparse.ArgumentParser(prog="mimscale status", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
-    parser.add_argument("--watch", action="store_true", help=f"look again every {REFRESH_SECONDS} seconds")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
+    from mimscale.schema import SchemaError
+    from mimscale.training.status import status
+
     while True:
         try:
             found = [status(run) for run in _runs(arguments.runs)]

@@ -1,4 +1,4 @@
-"""The command line of the study: ``python launchers/study.py COMMAND STUDY.yaml [key=value ...]``."""
+"""``mimscale study`` and ``launchers/study.py``: ``COMMAND STUDY [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mimscale.registry import objectives
-from mimscale.study.jobs import Job, build_graph
-from mimscale.study.results.result import Result, ResultsError
-from mimscale.study.spec import Study, StudyError, load_study
-from mimscale.training.launch.slurm import SlurmError
+
+if TYPE_CHECKING:
+    from mimscale.study.jobs import Job
+    from mimscale.study.results.result import Result
+    from mimscale.study.spec import Study
 
 PUBLISHED = Path("published")
-STUDY_HELP = "launchers/studies/*.yaml, or your own; report and predict also take the word: published"
-Command = Callable[[Study, dict[str, Job], argparse.Namespace], int]
+STUDY_HELP = "a file, or one of mimscale's own: smoke, mini, paper; report and predict also take the word: published"
+Command = Callable[[Any, Any, argparse.Namespace], int]
 
 
 def _plan(study: Study, jobs: dict[str, Job], options: argparse.Namespace) -> int:
@@ -78,6 +80,7 @@ def _of_published(options: argparse.Namespace) -> int:
     """``report`` and ``predict`` of the 63 runs that the paper's authors released."""
     from mimscale.study.report.report import write_report
     from mimscale.study.results.published import published
+    from mimscale.study.spec import StudyError
 
     if options.command == "predict":
         return _answer(published(), options)
@@ -98,21 +101,21 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command of the study; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="study.py",
+def parser(program: str = "mimscale study") -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog=program,
         description="A grid of pre-trainings and fine-tunings: planned, run, judged and reported.",
         epilog="\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=list(COMMANDS), metavar="|".join(COMMANDS))
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the study, such as output=runs/mine")
-    parser.add_argument("--watch", action="store_true", help="status: look again every few seconds")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="report: where to (default OUTPUT/report)")
-    question = parser.add_argument_group("predict")
+    made.add_argument("command", choices=list(COMMANDS), metavar="|".join(COMMANDS))
+    made.add_argument("study", type=Path, metavar="STUDY", help=STUDY_HELP)
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the study, such as output=runs/mine")
+    made.add_argument("--watch", action="store_true", help="status: look again every few seconds")
+    made.add_argument("--out", type=Path, metavar="DIR", help="report: where to (default OUTPUT/report)")
+    question = made.add_argument_group("predict")
     question.add_argument("--model", help="of the study, such as swinv2_h")
     question.add_argument("--dataset", help="of the study, such as in1k_50")
     question.add_argument("--length", type=int, metavar="N", help="iterations of the cell to predict")
@@ -120,8 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     question.add_argument(
         "--objective", default="simmim", choices=objectives.names(), help="whose cells (default: simmim)"
     )
-    question.add_argument("--check", action="store_true", help="foretell cells that were run, from the others")
-    options = parser.parse_intermixed_args(argv)
+    question.add_argument("--check", action="store_true", help="predict cells that were run, from the others")
+    return made
+
+
+def main(argv: list[str] | None = None, program: str = "mimscale study") -> int:
+    """Run one command of the study; returns the exit status."""
+    options = parser(program).parse_intermixed_args(argv)
+    from mimscale.study.jobs import build_graph
+    from mimscale.study.results.result import ResultsError
+    from mimscale.study.spec import StudyError, load_study
+    from mimscale.training.launch.slurm import SlurmError
+
     try:
         if options.study == PUBLISHED:
             return _of_published(options)

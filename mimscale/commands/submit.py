@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mimscale.files import write_text
-from mimscale.training.launch.slurm import LAUNCHERS, SlurmError, SlurmJob, submission, submit, write_script
-from mimscale.training.recipe import RecipeError, recipe_values
+from mimscale.resources import LAUNCHERS, RECIPES
+
+if TYPE_CHECKING:
+    from mimscale.training.launch.slurm import SlurmJob
 
 SCRIPT = "submit.sbatch"
 
@@ -21,6 +23,8 @@ def check_arguments(job: SlurmJob) -> None:
     Raises:
         SlurmError: with what the launcher says.
     """
+    from mimscale.training.launch.slurm import SlurmError
+
     command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", f"--ranks={job.ranks}"]
     command += ["--deepspeed_config", str(job.config), "--recipe", str(job.recipe), "--output", str(job.output)]
     command += job.overrides
@@ -29,45 +33,43 @@ def check_arguments(job: SlurmJob) -> None:
         raise SlurmError(done.stderr.strip().replace("mimscale: error: ", ""))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mimscale submit", description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="pre-training or fine-tuning recipe (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.shards=SHARDS")
-    parser.add_argument("--output", type=Path, metavar="RUN", help="run folder (runs/RECIPE's name)")
-    parser.add_argument(
-        "--deepspeed_config",
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="mimscale submit", description=__doc__, allow_abbrev=False)
+    made.add_argument(
+        "recipe",
         type=Path,
-        default=LAUNCHERS.parent / "ds_configs/zero2.json",
-        metavar="FILE",
-        help="(zero2)",
+        metavar="RECIPE",
+        help="a file (YAML), or one of mimscale's own: swinv2_b, finetune/inat18_swinv2_b",
     )
-    parser.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="(1)")
-    parser.add_argument(
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.shards=SHARDS")
+    made.add_argument("--output", type=Path, metavar="RUN", help="run folder (runs/RECIPE's name)")
+    made.add_argument("--deepspeed_config", type=Path, default=Path("zero2"), metavar="FILE|NAME", help="(zero2)")
+    made.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="(1)")
+    made.add_argument(
         "--gpus-per-node", type=_at_least_none, default=8, metavar="N", help="one rank each (8); 0 trains on CPUs"
     )
-    parser.add_argument(
+    made.add_argument(
         "--tasks-per-node", type=_at_least_one, metavar="N", help="ranks on each node where there are no GPUs (1)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--cpus-per-task", type=_at_least_one, metavar="N", help="cores of each rank; by default the site's"
     )
-    parser.add_argument("--time", default="24:00:00", help="limit of one start (24:00:00); requeued until it is done")
-    parser.add_argument(
-        "--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before that (180)"
-    )
-    parser.add_argument(
+    made.add_argument("--time", default="24:00:00", help="limit of one start (24:00:00); requeued until it is done")
+    made.add_argument("--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before that (180)")
+    made.add_argument(
         "--after",
         action="append",
         default=[],
         metavar="JOB",
         help="start when this job has ended well; may be repeated",
     )
-    parser.add_argument("--name", help="of the job (RECIPE's name)")
-    parser.add_argument(
+    made.add_argument("--name", help="of the job (RECIPE's name)")
+    made.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="more of sbatch's, in quotes: '--account=a --partition=p'"
     )
-    parser.add_argument("--dry-run", action="store_true", help="write and show the file, and leave it at that")
-    return parser
+    made.add_argument("--dry-run", action="store_true", help="write and show the file, and leave it at that")
+    return made
 
 
 def _number(text: str, least: int) -> int:
@@ -85,6 +87,8 @@ def _at_least_none(text: str) -> int:
 
 
 def _options(text: str) -> tuple[str, ...]:
+    from mimscale.training.launch.slurm import SlurmError
+
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
@@ -99,10 +103,14 @@ def main(argv: list[str]) -> int:
             words[-1] += f"={word}"  # argparse would take a value such as --account=a for an option of its own
         else:
             words.append(word)
-    asked = _parser().parse_intermixed_args(words)
+    asked = parser().parse_intermixed_args(words)
+    from mimscale.files import write_text
+    from mimscale.training.launch.slurm import SlurmError, SlurmJob, submission, submit, write_script
+    from mimscale.training.recipe import RecipeError, recipe_values
+
     try:
         job = SlurmJob(
-            recipe=asked.recipe,
+            recipe=RECIPES.find(asked.recipe),
             config=asked.deepspeed_config,
             output=asked.output or Path("runs") / asked.recipe.stem,
             overrides=tuple(asked.overrides),

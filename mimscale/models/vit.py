@@ -311,6 +311,10 @@ class VisionTransformer(Encoder):
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         return torch.cat((self.pos_embed[:, :1], table.to(x.dtype)), dim=1)
 
+    def fixed_positions(self) -> torch.Tensor:
+        """Give the sine-cosine positions at the size it was made for, as files store them: (1, 1 + L, C), fp32, on the CPU."""
+        return sincos_positions(self.embed_dim, self.grid, self.grid, torch.device("cpu"), torch.float32)
+
     def drop_tables(self, state: dict[str, torch.Tensor], prefix: str) -> None:
         """Take the stored positions out of ``state``, where this encoder works them out.
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mimscale.data import ShardError, ShardIndex
 from mimscale.files import write_text
 from mimscale.schema import differences, read_yaml
 from mimscale.study.jobs import Job, recipe_digest
@@ -153,6 +152,8 @@ class StudyFolder:
                 raise StudyError(
                     f"shards.{job.shards} is not set: give shards.{job.shards}=OUT, made by mimscale shards build"
                 )
+            from mimscale.data import ShardError, ShardIndex
+
             try:
                 self._builds[job.shards] = ShardIndex.load(place).content.build
             except ShardError as error:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from mimscale.schema import read_yaml, settle
 from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
-from mimscale.training.checkpoint import step_name
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
+from mimscale.training.run_folder import step_name
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
 
@@ -268,7 +268,7 @@ def _read(file: str, overrides: tuple[str, ...], schema: type[RunRecipe] | None)
 
 @lru_cache(maxsize=256)
 def _text(file: str, kind: type[RunRecipe]) -> str:
-    return json.dumps(read_yaml(Path(file), kind.noun, kind.error, kind))
+    return json.dumps(read_yaml(file, kind.noun, kind.error, kind, kind.files))
 
 
 def _overrides(values: dict[str, Any]) -> tuple[str, ...]:

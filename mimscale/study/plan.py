@@ -9,13 +9,13 @@ from pathlib import Path
 
 from mimscale.files import write_text
 from mimscale.schema import nearest
+from mimscale.study.counts import load, sizes
 from mimscale.study.jobs import Job, decoder_of, trained_alone
-from mimscale.study.results.collect import sizes
 from mimscale.study.spec import Speed, Study, StudyError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.metrics import duration
 from mimscale.training.planning.throughput import GPU_PEAKS
-from mimscale.training.planning.zero import GB, GPU_SHARE, Load, Way, plan_way
+from mimscale.training.planning.zero import GB, GPU_SHARE, Way, plan_way
 from mimscale.training.recipe import Recipe
 
 
@@ -156,7 +156,7 @@ def _way(job: Job, recipe: Recipe, gpus: int, budget: float) -> Way:
         offload = tuple(
             w for w in ("optimizer", "param") if zero.get(f"offload_{w}", {}).get("device", "none") != "none"
         )
-        return plan_way(Load.of(recipe, gpus, budget), stage, offload)
+        return plan_way(load(recipe, gpus, budget), stage, offload)
     except DeepSpeedConfigError as error:
         raise StudyError(f"{job.id} with {job.resources.deepspeed} on {gpus} GPUs: {error}") from None
 

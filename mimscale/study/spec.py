@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mimscale.resources import STUDIES
 from mimscale.schema import Document, KeysOf, Place, Positive, SchemaError, Section, Word, key, load, nearest
 from mimscale.training.recipe import Recipe
 from mimscale.transfer.recipe import task_schemas
@@ -136,10 +137,11 @@ class Slurm(Section):
 
 
 class Study(Document):
-    """A whole study. Relative paths are looked up from the working directory, as the launchers do."""
+    """A whole study. Recipes and configurations are files or names; relative paths count from the working directory."""
 
     noun = "study"
     kind = "study"
+    files = STUDIES
     error = StudyError
     renamed: ClassVar[dict[str, str]] = {"stop_doomed": "stop_overfitting"}
 

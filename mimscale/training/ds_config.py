@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mimscale.resources import DS_CONFIGS
 from mimscale.training.recipe import RunRecipe
 
 
@@ -38,12 +39,12 @@ class BatchSplit:
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as plain values.
+    """The configuration as plain values, of a file or of one that comes with mimscale and is given by its name.
 
     Raises:
         DeepSpeedConfigError: not there, not JSON (with line and column), or not an object.
     """
-    path = Path(path)
+    path = DS_CONFIGS.find(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]
@@ -55,9 +56,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(), object_pairs_hook=unique)
     except FileNotFoundError:
-        near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
-        listing = f"; {path.parent} holds {', '.join(p.name for p in near)}" if near else ""
-        raise DeepSpeedConfigError(f"there is no DeepSpeed configuration {path}{listing}") from None
+        raise DeepSpeedConfigError(DS_CONFIGS.missing(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeepSpeedConfigError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
     except json.JSONDecodeError as error:

@@ -24,7 +24,7 @@ from mimscale.training.faults.recovery import StartingPoint, check_branch, check
 from mimscale.training.faults.spikes import WINDOW, Apply, LeftOut, RollBack, Skip, SpikePolicy, Stop
 from mimscale.training.faults.watchdog import Watchdog
 from mimscale.training.metrics import MetricsLog, Progress, RunLog, duration
-from mimscale.training.planning.memory import peak_bytes
+from mimscale.training.planning.counting import peak_bytes
 from mimscale.training.planning.throughput import device_peak
 from mimscale.training.ranks import Ranks, first_only, from_first, gather
 from mimscale.training.run_folder import RunFolder, saved_steps, step_name

@@ -18,6 +18,7 @@ from mimscale.masking import MaskGeometry
 from mimscale.mim.settings import MIMSettings
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, load_plugins, objectives
+from mimscale.resources import RECIPES, Kind
 from mimscale.schema import (
     ChosenBy,
     Document,
@@ -190,6 +191,7 @@ class RunRecipe(Document):
     """What the recipe of every task holds, whatever is trained."""
 
     error = RecipeError
+    files: ClassVar[Kind] = RECIPES
     # Keys of the data section without which there is nothing to train on, and what each is set to.
     data_places: ClassVar[dict[str, str]] = {"shards": "OUT, a folder made by mimscale shards build"}
 
@@ -220,8 +222,8 @@ class RunRecipe(Document):
 
     def deciding(self) -> dict[str, Any]:
         """Every dotted key that can change a loss, with its value, as recipes have had them from the beginning."""
-        values = flatten(self.model_dump(mode="json"))
-        kept = {name: value for name, value in values.items() if name not in self.free_keys}
+        values, free = flatten(self.model_dump(mode="json")), self.free_keys
+        kept = {name: value for name, value in values.items() if name not in free}
         kept = {name: value for name, value in kept.items() if name not in self.added or value != self.added[name]}
         return self.former | kept
 
@@ -369,10 +371,10 @@ def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = 
     return resolve(values, where, schema)
 
 
-def recipe_values(path: str | Path) -> dict[str, Any]:
-    """The sections of a recipe file of any kind, unchecked.
+def recipe_values(path: str | Path, files: Kind = RECIPES) -> dict[str, Any]:
+    """The sections of a recipe of any kind, unchecked.
 
     Raises:
         RecipeError: it cannot be read.
     """
-    return read_yaml(Path(path), "recipe", RecipeError)
+    return read_yaml(path, "recipe", RecipeError, files=files)

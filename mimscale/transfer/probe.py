@@ -1,4 +1,4 @@
-"""``mimscale probe``: what frozen features are worth, in minutes: a linear classifier and nearest neighbours.
+"""What frozen features are worth, in minutes: a linear classifier and nearest neighbours.
 
 Features are those of centre crops, pooled as for a classifier. They are computed once and kept; a second probe of the same
 weights on the same images reads them.
@@ -6,7 +6,6 @@ weights on the same images reads them.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mimscale.data import EvaluationStream, ShardError, ShardIndex
-from mimscale.files import write_beside, write_text
+from mimscale.data import EvaluationStream, ShardIndex
+from mimscale.files import write_beside
 from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, without_head
 from mimscale.models.weights.released import load_released
@@ -253,54 +252,3 @@ def probe(
         "images": {"train": len(train), "val": len(val)},
         "seconds": time.monotonic() - began,
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """A result for people to read."""
-    figures = result["validation"]
-    rows = [
-        (f"linear (penalty {figures['penalty']:g})", figures["linear_top1"], figures["linear_top5"]),
-        (f"{figures['k']} nearest neighbours", figures["knn_top1"], figures["knn_top5"]),
-        ("always the commonest class", figures["commonest_class"], None),
-    ]
-    lines = [f"{'frozen features of ' + result['from']:<44}  top-1   top-5"]
-    for name, top, five in rows:
-        lines.append(f"  {name:<42} {top:6.2f} {'' if five is None else f'{five:7.2f}'}")
-    images = result["images"]
-    lines.append(f"fitted on {images['train']} images, tested on {images['val']}; {result['seconds']:.0f} s")
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="mimscale probe", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="RUN|FILE", help="a run (RUN@STEP for an earlier checkpoint), or weights")
-    parser.add_argument("--shards", required=True, metavar="OUT", help="labelled shards")
-    parser.add_argument("--fraction", default="100", help="what to fit on (default: 100)")
-    parser.add_argument("--validation", default="val", help="what to test on (default: val)")
-    parser.add_argument("--knn", type=int, default=20, metavar="K", help="neighbours that vote (default: 20)")
-    parser.add_argument("--recipe", type=Path, help="for a FILE that does not say what it holds: a recipe of its model")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read ahead (default: 0)")
-    args = parser.parse_args(argv)
-    try:
-        if args.knn < 1:
-            raise ValueError("--knn takes a number of neighbours above 0")
-        result = probe(
-            args.source,
-            args.shards,
-            args.fraction,
-            args.validation,
-            args.knn,
-            args.recipe,
-            args.batch,
-            args.workers,
-        )
-        target = folder_of(args.source) / "probe" / "result.json"
-        write_text(target, json.dumps(result, indent=2) + "\n")
-    except (ValueError, OSError, ShardError) as error:
-        print(f"mimscale: error: {error}", file=sys.stderr)
-        return 1
-    print(table(result))
-    print(target)
-    return 0

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, tasks
+from mimscale.resources import FINETUNE_RECIPES
 from mimscale.schema import ChosenBy, Section, apply_override, check_kind, key, parse_override
 from mimscale.training.recipe import ANY_ENCODER, RecipeError, RunRecipe, load_recipe, recipe_values
 
@@ -50,6 +51,7 @@ class FinetuneRecipe(RunRecipe):
 
     noun = "fine-tuning recipe"
     kind = "finetune"
+    files = FINETUNE_RECIPES
     former: ClassVar[dict[str, Any]] = {
         f"model.{name}": value
         for name, value in {
@@ -117,7 +119,7 @@ def recipe_schema(path: str | Path, overrides: Sequence[str] = ()) -> type[Finet
     Raises:
         RecipeError: it cannot be read, is a file of another kind, or names no known task.
     """
-    values = recipe_values(path)
+    values = recipe_values(path, FINETUNE_RECIPES)
     check_kind(values, str(path), FinetuneRecipe)
     for override in overrides:
         name, _ = parse_override(override, FinetuneRecipe)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mimscale.models.weights.released import CheckpointMismatch
-from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.errors import CheckpointError
 from mimscale.training.loop import run
-from mimscale.training.planning.memory import kept_bytes, largest_micro_batch
+from mimscale.training.planning.counting import kept_bytes, largest_micro_batch
 from mimscale.training.ranks import Ranks
 from mimscale.training.task import Task
 from mimscale.transfer.layer_decay import layer_decay_groups

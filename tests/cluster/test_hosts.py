@@ -8,7 +8,7 @@ import network_hosts
 import pytest
 from training_runs import ROOT, TINY, launcher, losses, records, write_config
 
-from mimscale.training.checkpoint import saved_steps
+from mimscale.training.run_folder import saved_steps
 
 MISSING = network_hosts.missing()
 pytestmark = [pytest.mark.root, pytest.mark.skipif(bool(MISSING), reason=MISSING or "")]

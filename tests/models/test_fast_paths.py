@@ -7,7 +7,9 @@ from reference_swin_v2 import normalised_target, pixels, released_checkpoint, si
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimscale.commands.bench.step import activation_bytes, main, plain_target
+from mimscale.commands.bench import main
+from mimscale.commands.bench.memory import activation_bytes
+from mimscale.commands.bench.step import plain_target
 from mimscale.mim import SimMIM
 from mimscale.models import attention_core, create_encoder, load_released
 from mimscale.models.attention_core import attend, attend_fused, attend_plainly

@@ -9,9 +9,10 @@ import torch
 from reference_swin_v2 import normalised_target, pixels, released_checkpoint, simmim_loss, swin_features
 
 from mimscale.cli import main
-from mimscale.commands.verify_checkpoint import published_loss, table
+from mimscale.commands.verify_checkpoint import table
 from mimscale.data import ShardIndex, ValidationStream
 from mimscale.study.results.release_names import ReleaseName, read_name
+from mimscale.study.results.released import published_loss
 
 HEADS = (2, 2, 4, 4)
 DEPTHS = (2, 2, 2, 2)

@@ -1,4 +1,4 @@
-"""The model of what ranks exchange, behind docs/scaling.md, holds against bytes counted in real steps."""
+"""The model of what ranks exchange, behind docs/results/communication.md, holds against bytes counted in real steps."""
 
 import pytest
 from training_runs import RECIPE, TINY

@@ -10,11 +10,11 @@ import pytest
 from training_runs import ENVIRONMENT, RECIPE, ROOT, TINY, launcher, losses, records
 
 from mimscale.data import ShardError, ShardIndex
-from mimscale.training.checkpoint import CheckpointError, saved_steps
 from mimscale.training.ds_config import DeepSpeedConfigError
-from mimscale.training.errors import RankLocalError, TrainingError
+from mimscale.training.errors import CheckpointError, RankLocalError, TrainingError
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
+from mimscale.training.run_folder import saved_steps
 
 SHORT = [*TINY, "train.iterations=8", "train.checkpoint_every=4", "train.validate_every=100"]
 

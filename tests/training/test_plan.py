@@ -9,9 +9,9 @@ import torch
 from training_runs import ENVIRONMENT, RECIPE, ROOT, TINY
 
 from mimscale.cli import main
-from mimscale.commands.bench.step import main as bench
+from mimscale.commands.bench import main as bench
 from mimscale.training.ds_config import read_ds_config, zero_stage
-from mimscale.training.planning.memory import activation_bytes, peak_bytes, recomputed_blocks
+from mimscale.training.planning.counting import activation_bytes, peak_bytes, recomputed_blocks
 from mimscale.training.recipe import load_recipe
 
 SMALL = ["model.embed_dim=64", "model.num_heads=[2,4,8,16]", "data.image_size=96", "model.window_size=6"]

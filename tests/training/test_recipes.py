@@ -11,7 +11,7 @@ from training_runs import RECIPE, ROOT, TINY
 from mimscale.training.checkpoint import owners
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
 from mimscale.training.metrics import duration
-from mimscale.training.planning.memory import activation_bytes, parameter_sizes
+from mimscale.training.planning.counting import activation_bytes, parameter_sizes
 from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.recipe import RecipeError, Schedule, load_recipe
 from mimscale.training.schedule import decay_step, learning_rate

@@ -12,10 +12,10 @@ import psutil
 import pytest
 from training_runs import ENVIRONMENT, ROOT, TINY, launcher, losses, records, run_ranks, write_config
 
-from mimscale.commands.status import status
-from mimscale.training.checkpoint import saved_steps
 from mimscale.training.faults.preemption import REQUEUE_EXIT
 from mimscale.training.faults.watchdog import read_heartbeats
+from mimscale.training.run_folder import saved_steps
+from mimscale.training.status import status
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 

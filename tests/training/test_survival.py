@@ -8,12 +8,13 @@ import pytest
 from training_runs import ROOT, TINY, losses, records
 
 from mimscale.data.draws import draw_keys
-from mimscale.training.checkpoint import Checkpoint, CheckpointError, remove_after, saved_steps
-from mimscale.training.errors import TrainingError
+from mimscale.training.checkpoint import Checkpoint, remove_after
+from mimscale.training.errors import CheckpointError, TrainingError
 from mimscale.training.faults import spikes
 from mimscale.training.pretraining.module import MIMModule
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import Train, load_recipe
+from mimscale.training.run_folder import saved_steps
 
 SHORT = [
     *TINY,

@@ -14,11 +14,11 @@ import torch
 from training_runs import ENVIRONMENT, ROOT, TINY, launcher, write_config
 
 from mimscale.commands.status import main as status_command
-from mimscale.commands.status import status
-from mimscale.training.checkpoint import saved_steps
 from mimscale.training.faults.preemption import REQUEUE_EXIT
 from mimscale.training.faults.watchdog import Heartbeat, Watchdog, laggards, lost_rank, read_heartbeats, unreachable
 from mimscale.training.ranks import Ranks
+from mimscale.training.run_folder import saved_steps
+from mimscale.training.status import status
 
 
 def beat(rank: int, host: str = "alpha", step: int = 7, phase: str = "step", **changes) -> Heartbeat:

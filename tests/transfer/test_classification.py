@@ -24,11 +24,13 @@ from training_runs import (
 
 from mimscale.cli import main
 from mimscale.data import EvaluationStream, ShardError, ShardIndex
-from mimscale.training.checkpoint import Checkpoint, saved_steps
+from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import TrainingError
-from mimscale.training.planning.memory import PLANNED_SHARE, kept_bytes, plan_rank
+from mimscale.training.planning.counting import PLANNED_SHARE, kept_bytes
+from mimscale.training.planning.memory import plan_rank
 from mimscale.training.pretraining.module import normalise
 from mimscale.training.ranks import Ranks
+from mimscale.training.run_folder import saved_steps
 from mimscale.transfer.classification.labels import ClassCounts
 from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.scores import Predictions

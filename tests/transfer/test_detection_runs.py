@@ -162,7 +162,7 @@ def test_predict_draws_what_it_finds(learnt, scenes, tmp_path, capsys):
 
 
 def test_a_run_does_not_go_on_with_other_annotations(runs, scenes, tmp_path, alone):
-    from mimscale.training.checkpoint import CheckpointError
+    from mimscale.training.errors import CheckpointError
     from mimscale.transfer.task import finetune
 
     content = json.loads((scenes / "instances_training.json").read_text())

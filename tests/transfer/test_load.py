@@ -13,11 +13,11 @@ from training_runs import ROOT, TINY
 
 import mimscale
 from mimscale.cli import main
-from mimscale.commands.reconstruct import read_images
 from mimscale.data import ShardIndex, ValidationStream
 from mimscale.data.build import writer
 from mimscale.data.build.sources.image_folder import ImageFolder
 from mimscale.training.checkpoint import open_newest
+from mimscale.training.pretraining.reconstruction import read_images
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 from mimscale.transfer.load import load_run

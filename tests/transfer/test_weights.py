@@ -17,7 +17,7 @@ from mimscale.mim import MAE
 from mimscale.models import create_encoder
 from mimscale.models.weights.export import export_weights
 from mimscale.models.weights.released import CheckpointMismatch
-from mimscale.training.checkpoint import CheckpointError
+from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 from mimscale.transfer.layer_decay import layer_decay_groups

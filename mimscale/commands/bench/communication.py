@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimscale.resources import RECIPES
 from mimscale.torch_private import operator_arguments
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.planning.communication import KINDS, Traffic, predict
-from mimscale.training.planning.memory import parameter_sizes, recomputed_blocks
+from mimscale.training.planning.counting import parameter_sizes, recomputed_blocks
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 
@@ -130,16 +129,8 @@ def measure(cells: list[dict[str, Any]], ranks: int) -> list[tuple[Traffic, Traf
         return [(Traffic(**f["measured"]), Traffic(**f["predicted"])) for f in json.loads(output.read_text())]
 
 
-def main(argv: list[str]) -> int:
+def run(asked: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="mimscale bench communication", description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", metavar="FILE", help="(demo)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes on this host")
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages")
-    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 2], help="micro-batches a step")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys")
-    asked = parser.parse_intermixed_args(argv)
     print("MB a step; within: gathered by half of the ranks among themselves; sent: by each rank, in rings")
     print(f"{'ranks':>5}{'stage':>26}{'micro-batches':>15}{'all-reduced':>13}{'scattered':>11}{'gathered':>10}{'within':>8}"
           f"{'sent':>8}{'predicted':>11}{'off by':>8}")  # fmt: skip
@@ -147,7 +138,7 @@ def main(argv: list[str]) -> int:
         ways = [(*way, accumulate) for way in _ways(asked.zero, ranks) for accumulate in asked.accumulate]
         cells = [
             {
-                "recipe": str(asked.recipe),
+                "recipe": asked.recipe,
                 "overrides": [f"train.global_batch={2 * ranks * accumulate}", *more, *asked.overrides],
                 "config": {
                     "train_micro_batch_size_per_gpu": 2,

@@ -296,34 +296,15 @@ def _print(result: dict[str, Any]) -> None:
         print(f"{name}: {mean:.1f} dB to Pillow's antialiased bilinear on average, {least:.1f} dB at least")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of ``mimscale bench data``; returns the exit status."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["data"]:
-        words = words[1:]
-    parser = argparse.ArgumentParser(prog="mimscale bench data", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="+", help="shard folders; a pixel store is compared to the first")
-    parser.add_argument("--batch", type=int, default=128, help="images a turn (128)")
-    parser.add_argument("--rounds", type=int, default=12, help="turns (12)")
-    parser.add_argument(
-        "--images",
-        type=int,
-        metavar="N",
-        help="different images that the competitors get (500); with --build: images that are stored (12,000, or all there are)",
-    )
-    parser.add_argument("--build", action="store_true", help="measure building, not reading")
-    parser.add_argument("--soak", type=int, metavar="N", help="measure the workers' memory over N samples instead")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes for --soak (2)")
-    parser.add_argument("--scratch", type=Path, help="folder for copies; best in memory (/dev/shm where there is one)")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    options = parser.parse_args(words)
+def run(options: argparse.Namespace) -> int:
+    """Run ``mimscale bench data``; returns the exit status."""
     memory = Path("/dev/shm")
     base = options.scratch or (memory if memory.is_dir() else None)
     try:
         with tempfile.TemporaryDirectory(dir=base) as folder, _one_core(pin=options.soak is None and not options.build):
             result = _measure(options, Path(folder))
     except (ShardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -360,7 +341,3 @@ def _one_core(pin: bool) -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,32 +1,121 @@
-"""Measure what a few training steps really allocate on a rank, to hold the memory plan against.
+"""``mimscale bench memory``: what a forward pass keeps, and what a few training steps really allocate on a rank.
 
-Run by ``mimscale bench memory --allocated``, which starts the ranks; every cell is one model in one DeepSpeed
-configuration, trained for a few steps on noise.
+With ``--allocated`` it starts ranks, and this module again in each; every cell is one model in one DeepSpeed configuration,
+trained for a few steps on noise.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mimscale.torch_private import allocation
+from mimscale.commands.bench.step import TimmSimMIM
+from mimscale.mim import SimMIM
+from mimscale.models import create_encoder
+from mimscale.torch_private import allocation, storage_key
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.optimizer import decay_groups
-from mimscale.training.planning.memory import rank_memory
+from mimscale.training.planning.counting import rank_memory
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe, load_recipe
 
 STEP = "mimscale: one step"
+
+
+def activation_bytes(model: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> int:
+    """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
+    kept: dict[int, int] = {}
+    parameters = {storage_key(p) for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = storage_key(tensor)
+        if key not in parameters:
+            kept[key] = tensor.untyped_storage().nbytes()
+            held.append(tensor)  # or its storage's place could be taken by another
+        return tensor
+
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images, mask)
+    del output
+    return sum(kept.values())
+
+
+def bench_memory(arguments: argparse.Namespace) -> dict[str, float]:
+    """Print the bytes an image that a forward pass keeps, for every kind of activation checkpointing.
+
+    Returns:
+        MB an image for each kind.
+    """
+    device = torch.device("meta")
+    with device:
+        encoder: Any = create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)
+        model = SimMIM(encoder)
+        rival = TimmSimMIM(arguments.model, True, arguments.image, arguments.window)
+        images = torch.empty(arguments.batch, 3, arguments.image, arguments.image)
+        mask = torch.empty(arguments.batch, arguments.image // 32, arguments.image // 32, dtype=torch.bool)
+    kinds: dict[str, dict] = {
+        "nothing recomputed": {"enable": False},
+        "attention": {"attention_only": True},
+        "every second block": {"every": 2},
+        "every block": {},
+    }
+    results = {"timm": activation_bytes(rival, images, mask) / arguments.batch}
+    for label, options in kinds.items():
+        model.set_grad_checkpointing(**{"enable": True, **options})
+        results[label] = activation_bytes(model, images, mask) / arguments.batch
+    print(f"{arguments.model}, {arguments.image} px, fp32: activations kept for the backward pass")
+    for label, size in results.items():
+        print(f"{label:20}{size / 1e6:10.1f} MB an image{results['nothing recomputed'] / size:8.1f}x less")
+    return results
+
+
+def bench_allocated(arguments: argparse.Namespace) -> dict[str, float]:
+    """Train a few steps at every ZeRO stage and print what was allocated beside what the plan says.
+
+    Returns:
+        Planned over allocated bytes for each stage.
+    """
+    cells = [
+        {
+            "recipe": arguments.model,
+            "overrides": [f"train.global_batch={arguments.batch * arguments.ranks}", *arguments.overrides],
+            "config": {"zero_optimization": {"stage": stage}},
+        }
+        for stage in arguments.zero
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
+        module = ["-m", "mimscale.commands.bench.memory", json.dumps(cells), str(output)]
+        done = subprocess.run([sys.executable, *launcher, *module], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        figures = json.loads(output.read_text())
+    print(
+        f"{arguments.model}, {arguments.ranks} ranks, {arguments.batch} images a rank: GB a rank at the fullest moment"
+    )
+    print(f"{'ZeRO stage':12}{'allocated':>12}{'planned':>12}{'off by':>9}")
+    results = {}
+    for stage, figure in zip(arguments.zero, figures, strict=True):
+        ratio = figure["planned"] / figure["allocated"]
+        results[f"stage {stage}"] = ratio
+        print(f"{stage:<12}{figure['allocated'] / 1e9:12.3f}{figure['planned'] / 1e9:12.3f}{ratio - 1:9.1%}")
+    return results
 
 
 def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, began: Callable[[], None]) -> None:
@@ -90,6 +179,12 @@ def _totals(events: list[Any]) -> Iterator[tuple[int, int, int]]:
         if (sizes := allocation(event)) is not None:
             yield event.start_time_ns, *sizes
         yield from _totals(event.children)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``mimscale bench memory``; returns the exit status."""
+    (bench_allocated if arguments.allocated else bench_memory)(arguments)
+    return 0
 
 
 def main(argv: list[str]) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from mimscale.resources import RECIPES
-from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
+from mimscale.training.errors import CheckpointError
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
@@ -70,16 +69,8 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
     return found
 
 
-def main(argv: list[str]) -> int:
+def run(asked: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="mimscale bench save", description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "swinv2_b.yaml", metavar="FILE")
-    parser.add_argument("--deepspeed_config", type=Path, metavar="FILE", help="by default ZeRO stage 2, as it comes")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--steps", type=int, default=3, help="that say how long one takes")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; by default that of temporary files")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys")
-    asked = parser.parse_intermixed_args(argv)
     try:
         recipe: Recipe = load_recipe(asked.recipe, [*asked.overrides, f"train.global_batch={asked.batch}"])
         plain = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": asked.batch}

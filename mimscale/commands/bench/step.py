@@ -1,18 +1,14 @@
-"""Measure a pre-training step against timm's SwinV2 and the machine's matrix products, and the memory that it stores.
+"""``mimscale bench step``: a pre-training step against timm's SwinV2 and the machine's matrix products.
 
 Contenders take turns within a round, so that a busy machine is busy for all of them.
 """
 
 import argparse
 import ctypes
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,8 +18,6 @@ from mimscale.masking import SIMMIM_RATIO, masked_up
 from mimscale.mim import SimMIM, local_normalise
 from mimscale.models import create_encoder
 from mimscale.models.sizes import SWIN_SIZES
-from mimscale.resources import RECIPES
-from mimscale.torch_private import storage_key
 from mimscale.training.planning.throughput import count_flops
 
 LEARNING_RATE = 4e-4
@@ -144,9 +138,8 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, float]:
         _keep_freed_memory()
     images, mask = _inputs(arguments.batch, arguments.image, device)
     torch.manual_seed(0)
-    ours = SimMIM(create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)).to(
-        device, dtype
-    )
+    encoder: Any = create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window)
+    ours = SimMIM(encoder).to(device, dtype)
     if arguments.compile:
         ours.encoder.compile_blocks()
 
@@ -215,117 +208,7 @@ def _report(
     return results
 
 
-def activation_bytes(model: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
-    kept: dict[int, int] = {}
-    parameters = {storage_key(p) for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        key = storage_key(tensor)
-        if key not in parameters:
-            kept[key] = tensor.untyped_storage().nbytes()
-            held.append(tensor)  # or its storage's place could be taken by another
-        return tensor
-
-    held: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(images, mask)
-    del output
-    return sum(kept.values())
-
-
-def bench_memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """Print the bytes an image that a forward pass keeps, for every kind of activation checkpointing.
-
-    Returns:
-        MB an image for each kind.
-    """
-    device = torch.device("meta")
-    with device:
-        model = SimMIM(create_encoder(arguments.model, img_size=arguments.image, window_size=arguments.window))
-        rival = TimmSimMIM(arguments.model, True, arguments.image, arguments.window)
-        images = torch.empty(arguments.batch, 3, arguments.image, arguments.image)
-        mask = torch.empty(arguments.batch, arguments.image // 32, arguments.image // 32, dtype=torch.bool)
-    kinds: dict[str, dict] = {
-        "nothing recomputed": {"enable": False},
-        "attention": {"attention_only": True},
-        "every second block": {"every": 2},
-        "every block": {},
-    }
-    results = {"timm": activation_bytes(rival, images, mask) / arguments.batch}
-    for label, options in kinds.items():
-        model.set_grad_checkpointing(**{"enable": True, **options})
-        results[label] = activation_bytes(model, images, mask) / arguments.batch
-    print(f"{arguments.model}, {arguments.image} px, fp32: activations kept for the backward pass")
-    for label, size in results.items():
-        print(f"{label:20}{size / 1e6:10.1f} MB an image{results['nothing recomputed'] / size:8.1f}x less")
-    return results
-
-
-def bench_allocated(arguments: argparse.Namespace) -> dict[str, float]:
-    """Train a few steps at every ZeRO stage and print what was allocated beside what the plan says.
-
-    Returns:
-        Planned over allocated bytes for each stage.
-    """
-    recipe = RECIPES / f"{arguments.model}.yaml"
-    cells = [
-        {
-            "recipe": str(recipe),
-            "overrides": [f"train.global_batch={arguments.batch * arguments.ranks}", *arguments.overrides],
-            "config": {"zero_optimization": {"stage": stage}},
-        }
-        for stage in arguments.zero
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "figures.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
-        module = ["-m", "mimscale.commands.bench.memory", json.dumps(cells), str(output)]
-        done = subprocess.run([sys.executable, *launcher, *module], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        figures = json.loads(output.read_text())
-    print(
-        f"{arguments.model}, {arguments.ranks} ranks, {arguments.batch} images a rank: GB a rank at the fullest moment"
-    )
-    print(f"{'ZeRO stage':12}{'allocated':>12}{'planned':>12}{'off by':>9}")
-    results = {}
-    for stage, figure in zip(arguments.zero, figures, strict=True):
-        ratio = figure["planned"] / figure["allocated"]
-        results[f"stage {stage}"] = ratio
-        print(f"{stage:<12}{figure['allocated'] / 1e9:12.3f}{figure['planned'] / 1e9:12.3f}{ratio - 1:9.1%}")
-    return results
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``mimscale bench step`` or ``mimscale bench memory``."""
-    parser = argparse.ArgumentParser(prog="mimscale bench", description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, text in (("step", "time pre-training steps"), ("memory", "count activation memory")):
-        sub = kinds.add_parser(kind, help=text, description=text)
-        swins = list(SWIN_SIZES)
-        sub.add_argument("--model", default="swinv2_s", choices=swins)
-        sub.add_argument("--batch", type=int, default=8, help="images a step")
-        sub.add_argument("--image", type=int, default=192, help="side of the images")
-        sub.add_argument("--window", type=int, default=12)
-        if kind == "step":
-            sub.add_argument("--rounds", type=int, default=5)
-            sub.add_argument("--threads", type=int, default=1, help="CPU threads")
-            sub.add_argument("--gemms", type=int, default=8, help="matrix products a round")
-            sub.add_argument("--device", help="cpu or cuda; by default what is there")
-            sub.add_argument("--compile", action="store_true", help="compile every block of mimscale's encoder")
-            sub.add_argument(
-                "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine"
-            )
-            sub.add_argument("--alone", action="store_true", help="leave out the rivals")
-        else:
-            sub.add_argument("--allocated", action="store_true", help="train, and compare with mimscale plan-memory")
-            sub.add_argument("--ranks", type=int, default=1, help="with --allocated")
-            sub.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, with --allocated")
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, with --allocated")
-    arguments = parser.parse_args(argv)
-    if arguments.kind == "step":
-        bench_step(arguments)
-    else:
-        (bench_allocated if arguments.allocated else bench_memory)(arguments)
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``mimscale bench step``; returns the exit status."""
+    bench_step(arguments)
     return 0

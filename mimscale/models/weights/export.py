@@ -209,7 +209,7 @@ def remade(
     else:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     with torch.device("meta"):
-        encoder = create_encoder(**kept)
+        encoder: Any = create_encoder(**kept)
     if kept["num_classes"] or len(list(encoder.buffers())) > len(saved_buffers(encoder)):
         encoder = create_encoder(**kept)  # a new classifier keeps its starting values, and tables are worked out
     else:

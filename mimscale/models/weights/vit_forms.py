@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mimscale.models.encoder import Part
 from mimscale.models.weights.parts import encoder_parts, timm_usage
 
@@ -16,13 +14,10 @@ class VitTimm:
 
     def parts(self, model: Any, names: list[str]) -> list[Part]:
         """The encoder without its mask token, and its positions."""
-        from mimscale.models.vit import sincos_positions
-
         encoder = model.encoder
         parts = [part for part in encoder_parts(names) if part.name != "mask_token"]
         if encoder.pos_embed is None:
-            table = sincos_positions(encoder.embed_dim, encoder.grid, encoder.grid, torch.device("cpu"), torch.float32)
-            parts.append(Part("pos_embed", table))
+            parts.append(Part("pos_embed", encoder.fixed_positions()))
         return parts
 
     def config(self, model: Any) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mimscale.data import ShardError, ShardIndex
-from mimscale.schema import resolve
+from mimscale.study.counts import sizes
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, decoder_of
 from mimscale.study.results.result import SCORES, Point, Result, Status, write_json
-from mimscale.study.spec import Study, StudyError
+from mimscale.study.spec import Study
 from mimscale.training.metrics import MetricsLog
-from mimscale.training.planning.throughput import flops_per_image, training_flops
-from mimscale.training.pretraining.module import build_objective
-from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
-from mimscale.transfer.recipe import FinetuneRecipe
-from mimscale.transfer.weights import task_encoder
+from mimscale.training.recipe import Recipe
 
 CURVE_POINTS = 200
 
@@ -121,43 +114,6 @@ def _counted(shards: str | None, fraction: str) -> tuple[int, int] | None:
     except ShardError:
         return None
     return len(samples), len(set(index.labels(samples).tolist()))
-
-
-def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
-    """(encoder's parameters, all parameters, FLOPs of one training image), counted on the meta device.
-
-    Of a fine-tuning the encoder's alone are counted: heads for detection and segmentation come on top.
-
-    Raises:
-        StudyError: the recipe's sizes do not fit together.
-    """
-    values = recipe.model_dump(mode="json")
-    kept = {key: values[key] for key in ("task", "fidelity", "model", "mim", "data") if key in values}
-    kept["data"] = {key: value for key, value in kept["data"].items() if key not in ("shards", "fraction", "workers")}
-    return _sizes(json.dumps(kept), type(recipe))
-
-
-@lru_cache(maxsize=256)
-def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
-    values = json.loads(text)
-    recipe = resolve(values, "the study", schema)
-    try:
-        if isinstance(recipe, Recipe):
-            with torch.device("meta"):
-                objective = build_objective(recipe)
-            return _count(objective.encoder), _count(objective), flops_per_image(recipe)
-        assert isinstance(recipe, FinetuneRecipe)
-        size = values["data"]["image_size"]
-        with torch.device("meta"):
-            encoder = task_encoder(recipe)
-        flops = training_flops(lambda: encoder, lambda module: module(torch.empty(1, 3, size, size)))
-        return _count(encoder), _count(encoder), flops
-    except RecipeError as error:
-        raise StudyError(f"{values['model']['name']} of the study cannot be built: {error}") from None
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:

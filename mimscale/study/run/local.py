@@ -172,7 +172,7 @@ class LocalRun:
     def _launch(self, job: Job, start: Start, log: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={self.study.local.ranks}", str(LAUNCHERS / f"{job.launcher}.py")]
-        command += ["--deepspeed_config", start.ds_config, "--recipe", start.recipe, "--output", start.output]
+        command += ["--deepspeed_config", str(start.ds_config), "--recipe", start.recipe, "--output", start.output]
         command += start.overrides
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         with log.open("ab") as file:

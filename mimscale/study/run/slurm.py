@@ -9,9 +9,9 @@ from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.run.early_stopping import Judge
 from mimscale.study.spec import Study
-from mimscale.training.checkpoint import MANIFEST
 from mimscale.training.launch.slurm import SlurmJob, submit, write_script
 from mimscale.training.launch.slurm_queue import cancel
+from mimscale.training.run_folder import MANIFEST
 
 
 def submit_study(study: Study, jobs: dict[str, Job]) -> int:

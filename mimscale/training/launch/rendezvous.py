@@ -25,7 +25,7 @@ def rendezvous() -> dict[str, str]:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return slurm_rendezvous(os.environ)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
 
 
 def slurm_rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
@@ -88,7 +88,8 @@ def interface(towards: str) -> str | None:
     return next((name for name, entries in known if any(e.address.partition("%")[0] == address for e in entries)), None)
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return str(server.getsockname()[1])

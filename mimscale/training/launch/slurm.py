@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mimscale.resources import LAUNCHERS
+from mimscale.resources import DS_CONFIGS, FINETUNE_RECIPES, LAUNCHERS, RECIPES
 
 MARK = "# ---- nothing below needs an edit"
 
@@ -59,28 +59,19 @@ class SlurmJob:
 
 
 def write_script(job: SlurmJob) -> str:
-    """The text of the job's submission file. Its log lies in the run folder, which must be there when the job is submitted.
-
-    Raises:
-        SlurmError: this installation has no ``launchers/`` beside it.
-    """
-    template = LAUNCHERS / "slurm" / f"{job.launcher}.sbatch"
-    try:
-        body = template.read_text()
-    except OSError as error:
-        raise SlurmError(
-            f"{template}: {error.strerror}; jobs are written from a clone of mimscale (pip install -e CLONE)"
-        ) from None
+    """The text of the job's submission file. Its log lies in the run folder, which must be there when the job is submitted."""
+    body = (LAUNCHERS / "slurm" / f"{job.launcher}.sbatch").read_text()
     asked = [f"--job-name={job.name}", f"--nodes={job.nodes}", f"--time={job.time}"]
     asked.append(f"--ntasks-per-node={job.ranks // job.nodes}")
     asked += [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
     asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     log = str(job.log).replace("%", "%%")  # sbatch replaces %j and the like
     kept = [f"--output={log}", "--open-mode=append", "--requeue", f"--signal=USR1@{job.signal_seconds}"]
+    kind = RECIPES if job.launcher == "pretrain" else FINETUNE_RECIPES
     settings: dict[str, str | tuple[str, ...]] = {
         "COMMAND": (sys.executable, str(LAUNCHERS / f"{job.launcher}.py")),
-        "CONFIG": str(job.config.resolve()),
-        "RECIPE": str(job.recipe.resolve()),
+        "CONFIG": str(DS_CONFIGS.find(job.config).resolve()),
+        "RECIPE": str(kind.find(job.recipe).resolve()),
         "OUTPUT": str(job.output.resolve()),
         "OVERRIDES": job.overrides,
     }

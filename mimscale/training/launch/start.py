@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from mimscale.resources import LAUNCHERS
 from mimscale.training.faults.preemption import REQUEUE_EXIT, Preempted, deafen, listen
+from mimscale.training.launch.local_ranks import run_ranks, under_launcher
 
 if TYPE_CHECKING:
     from mimscale.training.recipe import RunRecipe
@@ -47,20 +49,55 @@ class Start:
     """What a launcher is given.
 
     Args:
-        recipe: file (YAML).
-        ds_config: DeepSpeed configuration (JSON).
+        recipe: file (YAML), or the name of one that comes with mimscale.
+        ds_config: DeepSpeed configuration (JSON), likewise; ``None`` for what suits this machine.
         output: run folder; one that exists is resumed.
         overrides: recipe keys, ``key=value``.
         check: look at recipe and configuration, and train nothing.
-        ranks: with ``check``, how many there will be.
+        ranks: how many there will be; ``None`` where nobody has said.
     """
 
     recipe: str
-    ds_config: str
+    ds_config: str | None
     output: str
     overrides: tuple[str, ...] = ()
     check: bool = False
     ranks: int | None = None
+
+
+def start_ranks_here(launcher: Literal["pretrain", "finetune"], start: Start, by_default: int | None = None) -> None:
+    """Start a training's ranks on this machine and exit as they do; return where this process is to be the only one, or is one.
+
+    Args:
+        launcher: which script each rank runs.
+        start: what it is given.
+        by_default: ranks, where ``start`` does not say; ``None`` for one a GPU, or one on a machine without.
+    """
+    if start.check or under_launcher():
+        return
+    listen()
+    count, where = start.ranks or by_default, ""
+    if count is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        count, where = gpus or 1, ", one a GPU" if gpus else " on the CPU; --ranks N starts N"
+        print(f"mimscale: {count} {'rank' if count == 1 else 'ranks'}{where}", flush=True)
+    if count == 1:
+        return
+    command = [str(LAUNCHERS / f"{launcher}.py"), "--recipe", start.recipe, "--output", start.output]
+    command += ["--deepspeed_config", start.ds_config] if start.ds_config else []
+    sys.exit(run_ranks([*command, *start.overrides], count))
+
+
+def _suitable_config() -> str:
+    """The DeepSpeed configuration for whoever names none."""
+    import torch
+
+    name, where = ("zero2", "there are GPUs") if torch.cuda.is_available() else ("cpu", "there is no GPU")
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(f"mimscale: --deepspeed_config {name}, since {where}", flush=True)
+    return name
 
 
 def check(recipe: RunRecipe, ds_config: dict[str, Any], ranks: int | None) -> None:
@@ -96,7 +133,7 @@ def launch(
 
     try:
         recipe = load_recipe(start.recipe, start.overrides, schema())
-        ds_config = read_ds_config(start.ds_config)
+        ds_config = read_ds_config(start.ds_config or _suitable_config())
         zero_stage(ds_config)
         if start.check:
             check(recipe, ds_config, start.ranks)
@@ -106,8 +143,7 @@ def launch(
         sys.exit(0)
 
     from mimscale.data import ShardError
-    from mimscale.training.checkpoint import CheckpointError
-    from mimscale.training.errors import RankLocalError, TrainingError
+    from mimscale.training.errors import CheckpointError, RankLocalError, TrainingError
     from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:

@@ -17,7 +17,7 @@ from mimscale.training.faults.recovery import check_data
 from mimscale.training.loop import run
 from mimscale.training.optimizer import decay_groups
 from mimscale.training.pictures import loss_curves, reconstruction_sheet
-from mimscale.training.planning.memory import activation_bytes, largest_micro_batch, parameter_sizes
+from mimscale.training.planning.counting import activation_bytes, largest_micro_batch, parameter_sizes
 from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.pretraining.validation import validate
