@@ -55,10 +55,14 @@ CASES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _importable():
-    """The package lies on PYTHONPATH, for this process and those that it starts."""
+    """The package lies on PYTHONPATH; what it registers in this process is gone for the tests that follow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE))
+        for registry in (encoders, objectives, targets, tasks, sources):
+            patch.setattr(registry, "_registered", dict(registry._registered))
         yield
+    for module in [name for name in sys.modules if name.partition(".")[0] in PLUGINS]:
+        del sys.modules[module]
 
 
 @pytest.fixture(scope="module", params=CASES)
