@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _expanded(text: str) -> str:
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111 - of no such user it is as it stands
 
 
 Positive = Annotated[int, Field(gt=0)]

@@ -313,8 +313,9 @@ def test_other_mistakes_are_named(own_scenes):
 
 
 def test_a_package_that_is_not_installed_is_named():
-    load = "from mimscale.transfer.recipe import load_finetune_recipe; load_finetune_recipe(sys.argv[1])"
-    script = f"import sys; sys.modules['segmentation_models_pytorch'] = None; {load}"
+    """When the task is asked for; its recipe can be read without."""
+    load = "from mimscale.transfer.recipe import find_task, load_finetune_recipe; load_finetune_recipe(sys.argv[1])"
+    script = f"import sys; sys.modules['segmentation_models_pytorch'] = None; {load}; find_task('segmentation')"
     done = subprocess.run([sys.executable, "-c", script, RECIPE], cwd=ROOT, capture_output=True, text=True)
     assert "RecipeError" in done.stderr and "needs segmentation_models_pytorch" in done.stderr
     assert "pip install 'mimscale[dense]'" in done.stderr

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from mimscale.schema import Place, Positive, Section, key
-from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.models.settings import EncoderSettings
+from mimscale.registry import encoders
+from mimscale.schema import ChosenBy, Place, Positive, Section, key
+from mimscale.transfer.recipe import FinetuneRecipe, transfer_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,19 +42,22 @@ class DenseData(Section):
     )
 
 
+def pyramid_settings(name: str) -> type[EncoderSettings]:
+    """The ``model`` section of a fine-tuning of that encoder on a task that takes a feature pyramid.
+
+    Raises:
+        ValueError: there is no such encoder, or all its maps have one stride.
+    """
+    section = transfer_settings(name)
+    if section.pyramid is EncoderSettings.pyramid:
+        raise ValueError(f"{name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not")
+    return section
+
+
 class DenseRecipe(FinetuneRecipe):
     """A recipe for a dense task."""
 
     pad_windows: ClassVar[bool] = True
 
+    model: Annotated[EncoderSettings, ChosenBy("name", None, pyramid_settings, encoders.names)]
     data: DenseData
-
-    @model_validator(mode="after")
-    def _has_a_pyramid(self) -> DenseRecipe:
-        if not self.model.pyramid:
-            raise PydanticCustomError(
-                "pyramid",
-                "model.name={name}: the dense tasks take a feature pyramid, which SwinV2 has and a ViT has not",
-                {"name": self.model.name},
-            )
-        return self
