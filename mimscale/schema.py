@@ -757,7 +757,8 @@ def _problem(path: str, items: list[Any], where: str, schema: type[Document]) ->
     if item["type"] in ("chosen", "section"):
         return f"{path} in {where} {item['msg']}" if item["type"] == "section" else f"{path} in {where}: {item['msg']}"
     wanted = " or ".join(dict.fromkeys(other["msg"] for other in items))
-    return f"{shortened(path)} in {where}: {wanted}, not {shortened(repr(item['input']))}"
+    found = f", not {shortened(repr(item['input']))}" if " should " in wanted else ""  # our own words name it
+    return f"{shortened(path)} in {where}: {wanted}{found}"
 
 
 def _misplaced(path: str, where: str, schema: type[Document]) -> str:

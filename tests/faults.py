@@ -3,7 +3,7 @@
     python tests/faults.py --rounds 100
 
 Two ranks pre-train a small SwinV2 on photographs. Every round is one start of a run, with one fault (``fault_kinds.py``). After
-it the newest whole checkpoint must be no more than one interval old, the next start must go on from just that one and name
+it the newest whole checkpoint must be no more than one interval old, the next start must resume from just that one and name
 what was damaged, and a run that has arrived at its end must have the losses of the undisturbed run, digit for digit.
 """
 
@@ -88,7 +88,7 @@ class Trial:
         return self.folder / f"run{self.lives}"
 
     def start(self, kind: str = "") -> Start:
-        """Start the run, or go on with it; with data workers where one of them is to be struck."""
+        """Start the run, or resume it; with data workers where one of them is to be struck."""
         workers = int(kind == "kill a data worker")
         overrides = [*SETTINGS, f"data.shards={self.shards}", f"data.workers={workers}"]
         start = Start(self.run, self.config, overrides, INTERVAL, self.shards, self.rng, self.disk_full)

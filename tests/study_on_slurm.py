@@ -67,7 +67,8 @@ TUNING = {
     "train.validate_every": 12,
     "train.global_batch": 4,
 }
-WINDOWS = {"model.window_size": 4, "model.pretrained_window_size": 0}  # keys of SwinV2 alone
+# Keys of SwinV2 alone, so they cannot be overrides of a task for every model.
+WINDOWS = {"window_size": 4, "pretrained_window_size": 0}
 OF_TASK: dict[str, dict[str, Any]] = {
     "in1k": {"data.resize_shorter": 64},
     "inat18": {"data.resize_shorter": 64},
@@ -129,11 +130,22 @@ def scaled_paper(
     on_scenes = [name for name in ON_SCENES if name in values["finetune"]]
     scenes = composed_scenes.write(folder / "scenes", training=12, validation=4) if on_scenes else folder
     for name, task in values["finetune"].items():
-        windows = WINDOWS if models is None or any(model in CHANNELS for model in models) else {}
-        task["overrides"] = TUNING | windows | OF_TASK[name] | (_of_scenes(scenes, name) if name in ON_SCENES else {})
+        task["overrides"] = TUNING | OF_TASK[name] | (_of_scenes(scenes, name) if name in ON_SCENES else {})
+        task["recipe"] = _with_windows(folder, name, task["recipe"], values["models"])
     path = folder / "paper.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def _with_windows(folder: Path, task: str, recipe: str, models: Sequence[str]) -> str:
+    """The task's recipes as ``folder/TASK_{model}.yaml``, those of SwinV2 with windows that fit 64 px."""
+    for model in models:
+        shipped = ROOT / recipe.format(model=model)
+        if shipped.exists():
+            values = yaml.safe_load(shipped.read_text())
+            values["model"] |= WINDOWS if model in CHANNELS else {}
+            (folder / f"{task}_{model}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(folder / f"{task}_{{model}}.yaml")
 
 
 def _photographs(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from mimscale import torch_private
 
 @contextlib.contextmanager
 def using(package, seam):
-    """Tell which private name is gone, in place of a bare AttributeError from inside."""
+    """Tell which private name is gone, instead of a bare AttributeError from inside."""
     try:
         yield
     except (AttributeError, ImportError, TypeError, AssertionError) as error:

@@ -55,7 +55,7 @@ PRINTED = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 def user_path(path: str) -> str:
-    """A path with names in place of NAME and N."""
+    """A path with names instead of NAME and N."""
     return ".".join({NAME: "swinv2_8", NUMBER: "0"}.get(part, part) for part in path.split("."))
 
 

@@ -12,6 +12,7 @@ from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, ze
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, WAYS, Load, Way, measured_mfu, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, paper_recipe
+from mimscale.wording import counted
 
 LENGTHS = (125_000, 250_000, 500_000)
 DEFAULT_MFU = 0.4
@@ -136,7 +137,7 @@ def main(argv: list[str]) -> int:
     if arguments.write:
         write_text(arguments.write, text)
         zero_stage(read_ds_config(arguments.write))
-        print(f"ZeRO stage {chosen.name}, {chosen.micro} images at a time: {arguments.write}")
+        print(f"ZeRO stage {chosen.name}, {counted(chosen.micro, 'image')} at a time: {arguments.write}")
     else:
-        print(f"ZeRO stage {chosen.name}, {chosen.micro} images at a time:\n{text}", end="")
+        print(f"ZeRO stage {chosen.name}, {counted(chosen.micro, 'image')} at a time:\n{text}", end="")
     return 0

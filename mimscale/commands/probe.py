@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimscale.wording import counted
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -35,7 +37,7 @@ def table(result: dict[str, Any]) -> str:
     for name, top, five in rows:
         lines.append(f"  {name:<42} {top:6.2f} {'' if five is None else f'{five:7.2f}'}")
     images = result["images"]
-    lines.append(f"fitted on {images['train']} images, tested on {images['val']}; {result['seconds']:.0f} s")
+    lines.append(f"fitted on {counted(images['train'], 'image')}, tested on {images['val']}; {result['seconds']:.0f} s")
     return "\n".join(lines)
 
 

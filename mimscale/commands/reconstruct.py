@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.wording import counted
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -57,5 +59,5 @@ def main(argv: list[str]) -> int:
     step = run.checkpoint.step
     output = args.output or run.folder / "reconstructions" / f"images_{step:08d}.png"
     save_png(reconstruction_sheet(images, mask, filled), output)
-    print(f"{output}: {len(images)} images at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}")
+    print(f"{output}: {counted(len(images), 'image')} at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}")
     return 0

@@ -27,6 +27,7 @@ from mimscale.data.shards.format import REJECTED_NAME, View
 from mimscale.data.shards.index import ShardIndex, draw_view_classes
 from mimscale.data.shards.verify import verify
 from mimscale.registry import RegistryError, load_plugins
+from mimscale.wording import counted
 
 _SHOWN_PROBLEMS = 200
 
@@ -111,12 +112,14 @@ def _build(options: argparse.Namespace) -> int:
         part = Part.parse(options.part)
         found, left = build_part(part, source, options.out, **how)
         if found is None:
-            print(f"part {part.number}/{part.count} is written; other parts have {left} shards to write, and the index")
+            print(
+                f"part {part.number}/{part.count} is written; still to come: {counted(left, 'shard')} of others, and the index"
+            )
             return 0
         index = found
     _list(options)
     if index.rewritten:
-        print(f"{index.rewritten} images were rewritten (neither JPEG nor PNG, or resized)")
+        print(f"rewritten, as neither JPEG nor PNG, or resized: {counted(index.rewritten, 'image')}")
     if index.rejected:
         print(
             f"{index.rejected} files could not be decoded, or had no class, and were left out: "
@@ -145,10 +148,12 @@ def _verify(options: argparse.Namespace) -> int:
     if problems:
         if len(problems) > _SHOWN_PROBLEMS:
             print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
-        print(f"{options.out}: {len(problems)} problems", file=sys.stderr)
+        print(f"{options.out}: {counted(len(problems), 'problem')}", file=sys.stderr)
         return 1
     index = ShardIndex.load(options.out)
-    print(f"{options.out}: {len(index):,} samples in {len(index.shards):,} shards, all as the index says")
+    print(
+        f"{options.out}: {counted(len(index), 'sample')} in {counted(len(index.shards), 'shard')}, all as the index says"
+    )
     return 0
 
 
@@ -175,7 +180,7 @@ def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     cores = pool.usable_cores()
 
-    build = commands.add_parser("build", help="write shards from images; goes on where a killed build was")
+    build = commands.add_parser("build", help="write shards from images; resumes a killed build")
     build.add_argument(
         "--source",
         type=Path,
@@ -248,5 +253,5 @@ def main(arguments: list[str] | None = None, program: str = "mimscale shards") -
     except OSError as error:
         print(f"mimscale: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
     return 1

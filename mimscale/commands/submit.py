@@ -136,5 +136,5 @@ def main(argv: list[str]) -> int:
     except (SlurmError, RecipeError, OSError) as error:
         print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1
-    print(f"job {number}; it prints to {job.log}; mimscale status {job.output} shows how it gets on")
+    print(f"job {number}; it prints to {job.log}; mimscale status {job.output} shows its progress")
     return 0

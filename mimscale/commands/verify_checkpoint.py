@@ -1,5 +1,6 @@
 """``mimscale verify-checkpoint``: a released weight's validation loss, measured here, beside the published one.
 
+from mimscale.wording import counted
 Centre crops and one fixed mask an image, in fp32, as every validation of mimscale; l1 and l2 both, for the paper names
 l2 and the code that was released with it used l1. The authors' own protocol is unpublished.
 """

@@ -27,7 +27,7 @@ def usable_cores() -> int:
 
 
 def _die_with_parent() -> None:
-    """Workers left behind by a killed build would go on writing beside the build that follows it."""
+    """Workers left behind by a killed build would keep writing beside the build that follows it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -88,7 +88,7 @@ class MAE(MIMObjective):
         decoder_heads: heads of the decoder.
         loss: "l2" (MAE) or "l1".
         mask_ratio: share of masked patches, which an accelerator relies on; on the CPU the mask itself is counted.
-        target: what is predicted in place of pixels; ``norm_pix`` is then of no account.
+        target: what is predicted instead of pixels; ``norm_pix`` is then of no account.
 
     Raises:
         ValueError: an encoder that needs all patches or has a classifier; sizes that do not divide; an unknown loss.

@@ -24,7 +24,7 @@ class SimMIM(MIMObjective):
         target_window: side of the neighbourhood that normalises the target; None for raw pixels.
         mask_patch: side in pixels of the squares that are masked: any multiple of the encoder's patch.
         mask_ratio: share of them that is masked, for ``mask_geometry``.
-        target: what is predicted in place of pixels, whose ``target_window`` is then of no account.
+        target: what is predicted instead of pixels, whose ``target_window`` is then of no account.
 
     Raises:
         ValueError: an unknown decoder or loss; an even window; an encoder without a mask token; strides that do not divide.

@@ -53,7 +53,7 @@ def attend_plainly(
     """Mix values by the formulas as they stand; shapes as in ``attend``."""
     groups, tokens, width = qkv.shape
     q, k, v = _heads(qkv, len(scale))
-    # The scale is folded into q: one product over the queries in place of one over the logits.
+    # The scale is folded into q: one product over the queries instead of one over the logits.
     q = F.normalize(q, dim=-1, eps=EPSILON) * scale.to(q.dtype)
     logits = q @ F.normalize(k, dim=-1, eps=EPSILON).transpose(-2, -1) + bias
     if penalty is not None:

@@ -102,7 +102,7 @@ class Encoder(nn.Module, ABC):
     def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
         """Run the encoder; every use goes through here, so that ZeRO-3 gathers the parameters it owns.
 
-        ``forward(images, mask=None, draw_keys=None, output="logits")``, with ``visible=None`` in place of ``mask`` or beside it
+        ``forward(images, mask=None, draw_keys=None, output="logits")``, with ``visible=None`` instead of ``mask`` or beside it
         where ``takes_visible``.
 
         Args:
@@ -138,7 +138,7 @@ class Encoder(nn.Module, ABC):
         attention_only: bool = False,
         checkpoint_fn: Checkpoint | None = None,
     ) -> None:
-        """Recompute blocks in the backward pass in place of storing their activations.
+        """Recompute blocks in the backward pass instead of storing their activations.
 
         Args:
             enable: False stores everything.

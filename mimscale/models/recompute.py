@@ -1,4 +1,4 @@
-"""Activation checkpointing: which blocks are computed again in the backward pass in place of being stored."""
+"""Activation checkpointing: which blocks are computed again in the backward pass instead of being stored."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

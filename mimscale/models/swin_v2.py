@@ -143,7 +143,7 @@ class SwinTransformerV2(Encoder):
         in_chans: channels of the images.
         mask_token: own the token that stands for hidden patches; False for transfer.
         extra_norm_every: k, to end every k-th block in one more norm; 0 for none.
-        pad_windows: pad maps that the window does not divide, in place of raising.
+        pad_windows: pad maps that the window does not divide, instead of raising.
 
     Raises:
         ValueError: sizes that do not divide; the message says which would fit.
@@ -365,7 +365,7 @@ class SwinTransformerV2(Encoder):
         attention_only: bool = False,
         checkpoint_fn: Checkpoint | None = None,
     ) -> None:
-        """Recompute blocks in the backward pass in place of storing their activations.
+        """Recompute blocks in the backward pass instead of storing their activations.
 
         Args:
             enable: False stores everything.

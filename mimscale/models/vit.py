@@ -394,7 +394,7 @@ class VisionTransformer(Encoder):
         def norm() -> nn.Module:
             return nn.LayerNorm(self.embed_dim, eps=NORM_EPSILON).to(weight.device, weight.dtype)
 
-        # MAE's fine-tuning norms what it has pooled, in place of the final norm.
+        # MAE's fine-tuning norms what it has pooled, instead of the final norm.
         if num_classes and pool == "avg":
             self.norm, self.fc_norm = nn.Identity(), norm()
         elif isinstance(self.norm, nn.Identity):
@@ -410,7 +410,7 @@ class VisionTransformer(Encoder):
         attention_only: bool = False,
         checkpoint_fn: Checkpoint | None = None,
     ) -> None:
-        """Recompute blocks in the backward pass in place of storing their activations.
+        """Recompute blocks in the backward pass instead of storing their activations.
 
         Args:
             enable: False stores everything.

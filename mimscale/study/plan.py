@@ -17,6 +17,7 @@ from mimscale.training.metrics import duration
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, Way, plan_way
 from mimscale.training.recipe import Recipe
+from mimscale.wording import counted
 
 
 def job_flops(job: Job) -> float:
@@ -64,13 +65,13 @@ def plan_text(study: Study, jobs: dict[str, Job]) -> str:
         _jobs_table(jobs, seconds, speed),
         _sums_table(_sums(jobs, seconds), speed),
         _memory_table(study, pretraining),
-        f"{len(jobs)} jobs: {len(pretraining)} pre-trainings and {len(jobs) - len(pretraining)} fine-tunings, "
+        f"{counted(len(jobs), 'job')}: {len(pretraining)} pre-trainings and {len(jobs) - len(pretraining)} fine-tunings, "
         + (
             f"{_hours(total)} GPU-hours{_cost(total, speed)} at {speed.mfu:.0%} of {speed.gpu}'s peak in bf16."
             if on_gpus
             else f"{sum(map(job_flops, jobs.values())) / 1e12:,.1f} TFLOP. The study asks for no GPUs; hours are those of one."
         ),
-        f"Shared trunks: {computed:,} pre-training iterations in place of {alone:,}, which saves "
+        f"Shared trunks: {computed:,} pre-training iterations instead of {alone:,}, which saves "
         f"{_hours(alone_seconds - shared_seconds)} GPU-hours{_cost(alone_seconds - shared_seconds, speed)}, "
         f"{1 - shared_seconds / alone_seconds:.1%} of pre-training.",
         f"Every job at once, the longest chain takes {duration(_longest_chain(jobs, seconds))}." if on_gpus else "",

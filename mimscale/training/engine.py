@@ -315,7 +315,7 @@ class Engine:
     def full_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and both of Adam's moments, whole and in fp32, one at a time; and the statistics in buffers.
 
-        Collective: all ranks iterate together, and each gets on the CPU what ``keep`` says of the parameter's name. Moments
+        Collective: all ranks iterate together, and each receives on the CPU what ``keep`` says of the parameter's name. Moments
         are named ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, a moving average ``average/NAME``.
         """
         for name, statistic in saved_buffers(self.module).items():

@@ -376,7 +376,7 @@ class _Run:
     def _point_out(self, result: dict[str, Any]) -> None:
         report = self.log.progress.report
         report(
-            f"done: {self.step} steps in {duration(result['seconds'])}, at most {max(result['peak_memory_gb']):.1f} GB a rank. "
+            f"done: step {self.step} in {duration(result['seconds'])}, at most {max(result['peak_memory_gb']):.1f} GB a rank. "
             f"To look at:"
         )
         for folder in sorted({picture.parent for picture in self.folder.path.glob("*/step_*.png")}):

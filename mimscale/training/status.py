@@ -11,6 +11,7 @@ from pathlib import Path
 from mimscale.training.faults.watchdog import read_heartbeats
 from mimscale.training.metrics import MetricsLog, duration
 from mimscale.training.run_folder import read_recipe_value, saved_steps
+from mimscale.wording import counted
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _state(run: Path) -> tuple[str, str]:
     if silent:
         return "stalled", "no life: " + "; ".join(beat.place for beat in silent[:4])
     slowest = min(beats, key=lambda beat: (beat.step, beat.since))
-    return "running", f"{len(beats)} ranks; {slowest.place} for {duration(now - slowest.since)}"
+    return "running", f"{counted(len(beats), 'rank')}; {slowest.place} for {duration(now - slowest.since)}"
 
 
 def _figures(run: Path, training: list[dict], records: list[dict], step: int, total: int | None) -> str:

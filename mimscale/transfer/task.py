@@ -113,6 +113,6 @@ class TransferTask(Task):
 
 
 def finetune(recipe: FinetuneRecipe, ds_config: dict[str, Any], output: str) -> dict[str, Any]:
-    """Fine-tune, or go on fine-tuning, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
+    """Fine-tune, or resume fine-tuning, in the run folder ``output``; see :func:`mimscale.training.loop.run`."""
     kind = find_task(recipe.task)
     return run(lambda: kind(recipe), ds_config, output)

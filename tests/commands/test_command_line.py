@@ -1,4 +1,4 @@
-"""The ``mimscale`` command: its words, names in place of files, completion, and the ranks that it starts."""
+"""The ``mimscale`` command: its words, names instead of files, completion, and the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_module_is_the_command():
     assert done.stdout == f"mimscale {__version__}\n"
 
 
-# -- names in place of files -----------------------------------------------------------------------------------------------
+# -- names instead of files -----------------------------------------------------------------------------------------------
 
 
 def test_what_comes_with_mimscale_is_found_by_name_from_any_folder(tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ def test_a_refused_build_leaves_the_folder_as_it_was(photographs, solar_folders,
         with pytest.raises(ShardError, match=said):
             job_array.build_part(part, other, out)
         assert contents(out) == before
-    # What the build that is to go on here has written stays.
+    # What the build that is to resume here has written stays.
     options = writer.Options(samples_per_shard=5)
     assert job_array.build_part(part, ImageFolder(photographs), half, options=options)[0] is None
     kept = {path: content for path, content in contents(half).items() if "listing" not in path.parts}

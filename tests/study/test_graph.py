@@ -94,7 +94,7 @@ def test_a_plan_counts_jobs_hours_and_savings_and_draws_the_graph(study, capsys)
     assert main(["plan", str(path)]) == 0
     said = capsys.readouterr().out
     assert "10 jobs: 8 pre-trainings and 2 fine-tunings" in said
-    assert "68 pre-training iterations in place of 96" in said  # 4 trunks of 8 + 16 - 7
+    assert "68 pre-training iterations instead of 96" in said  # 4 trunks of 8 + 16 - 7
     assert re.search(r"^swinv2_16-cells_20-16 +swinv2_16-cells_20-8 at 7 +9 ", said, re.M)
     rows = json.loads((path.parent / "out/plan.json").read_text())
     assert sum(row["iterations"] for row in rows if row["kind"] == "pretrain") == 68

@@ -34,7 +34,7 @@ def conditions(group: list[Cell]) -> list[Condition]:
     return [condition for cell in group if (condition := Condition.of(cell))]
 
 
-def test_published_cells_left_out_are_foretold_within_their_intervals(released):
+def test_published_cells_left_out_are_predicted_within_their_intervals(released):
     found = {check.left_out: check for check in checks(released)}
     count = sum(check.cells for check in found.values())
     assert 0.88 < sum(check.covered * check.cells for check in found.values()) / count <= 1
@@ -45,7 +45,7 @@ def test_published_cells_left_out_are_foretold_within_their_intervals(released):
     assert cheap.fitted == 28 and cheap.error < 0.01 and cheap.covered >= 0.9
 
 
-def test_overfitting_is_foretold_not_only_the_frontier(released):
+def test_overfitting_is_predicted_not_only_the_frontier(released):
     unseen = [c for c in released if (c.first.model, c.first.dataset) == ("swinv2_h", "in1k_20")]
     found = LossModel([c for c in released if c not in unseen]).predict(conditions(unseen))
     for cell, prediction in zip(unseen, found, strict=True):
@@ -113,7 +113,7 @@ def test_the_same_cells_give_the_same_answer(released, predictor):
     assert predictor.predict("swinv2_l", "in1k_50", 300_000).loss == pytest.approx(again.loss, rel=1e-5)
 
 
-def test_a_cell_that_was_run_is_foretold_without_it(predictor):
+def test_a_cell_that_was_run_is_predicted_without_it(predictor):
     text = answer(published(), "swinv2_g", "in1k_50", 500_000)
     assert "It was run and came to 0.4719; the prediction does not know of it." in text and "Fitted on 62 cells" in text
 

@@ -1,4 +1,4 @@
-"""A study runs from nothing to a report, goes on where it was killed, and mixes nothing that does not belong together."""
+"""A study runs from nothing to a report, resumes where it was killed, and mixes nothing that does not belong together."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_an_interrupt_saves_what_was_done_and_says_so(solar_shards, tmp_path):
     os.kill(first.pid, signal.SIGINT)
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 1
-    assert "stopping at SIGINT: 1 runs save and end" in said and "the same command goes on" in said
+    assert "stopping at SIGINT: waiting for 1 run to save and end" in said and "the same command resumes" in said
     saved = max(int(p.name[5:]) for p in (run / "checkpoints").iterdir())
     assert 0 < saved < 4000
     results = collect(*_graph(*words, f"pretrain=[{grid}]"))

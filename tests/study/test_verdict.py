@@ -11,7 +11,7 @@ import pytest
 from training_runs import ROOT
 
 from mimscale.study.analysis.overfitting import overfitting
-from mimscale.study.analysis.verdict import foresee, judge_curve
+from mimscale.study.analysis.verdict import forecast_cells, judge_curve
 from mimscale.study.folder import StudyFolder
 from mimscale.study.jobs import build_graph
 from mimscale.study.results.cells import cells
@@ -20,11 +20,11 @@ from mimscale.study.run.early_stopping import Judge
 from mimscale.study.spec import load_study
 
 
-def said_of_the_published(length: int) -> tuple[set, set]:
-    """Cells of a length (foretold, overfitting in truth), each judged with the shorter and smaller runs alone."""
+def forecast_of_the_published(length: int) -> tuple[set, set]:
+    """Cells of a length (forecast, overfitting in truth), each judged with the shorter and smaller runs alone."""
     results = published()
     truth = overfitting(cells(results))
-    foretold, overfit = set(), set()
+    forecast, overfit = set(), set()
     for cell in truth:
         this = cell.first
         if this.iterations != length:
@@ -35,20 +35,20 @@ def said_of_the_published(length: int) -> tuple[set, set]:
             if (r.iterations, r.parameters) >= (this.iterations, this.parameters) or r.iterations > this.iterations
         ]
         known = [replace(r, val_loss=None) if r in later else r for r in results]
-        foretold |= {cell for c in foresee(cells(known)) if c == cell}
+        forecast |= {cell for c in forecast_cells(cells(known)) if c == cell}
         overfit |= {cell} if truth[cell] else set()
-    return foretold, overfit
+    return forecast, overfit
 
 
-def test_six_of_nine_published_runs_that_overfit_at_500k_are_foretold_and_no_other():
-    foretold, overfit = said_of_the_published(500_000)
-    assert foretold < overfit
-    assert (len(foretold), len(overfit)) == (6, 9)
+def test_six_of_nine_published_runs_that_overfit_at_500k_are_forecast_and_no_other():
+    forecast, overfit = forecast_of_the_published(500_000)
+    assert forecast < overfit
+    assert (len(forecast), len(overfit)) == (6, 9)
 
 
-def test_at_250k_no_published_run_is_foretold_in_error():
-    foretold, overfit = said_of_the_published(250_000)
-    assert foretold and foretold < overfit
+def test_at_250k_no_published_run_is_forecast_in_error():
+    forecast, overfit = forecast_of_the_published(250_000)
+    assert forecast and forecast < overfit
 
 
 def falling(steps: int, noise: float = 0.0, seed: int = 0) -> list[tuple[int, float, float]]:

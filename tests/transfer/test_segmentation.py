@@ -278,7 +278,7 @@ def test_label_pictures_that_do_not_go_with_their_images_are_named(own_scenes):
     for number, what in enumerate(whats):
         with pytest.raises(DamagedSample, match=rf"^\S*/scene_0000{number}\.png {what}"):
             pictures.read(number)
-    # Training goes on with the one that is whole, and counts the others.
+    # Training continues with the one that is whole, and counts the others.
     images = SegmentationImages(pictures, 64, (0.5, 2.0), 0.5, True, 0.75, (64, 256), (0, 0, 0))
     batch = DenseStream(images, 0, 5)[0]
     assert batch.keys == ["scene_00004.jpg"] * 5

@@ -138,7 +138,7 @@ def peak_allocated(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: 
     """Bytes that torch's allocator held at most on this rank, while the model was built or in a step.
 
     Of the steps after the first, which can hold less, the one with the lowest peak counts: gloo's threads let go of a
-    bucket a moment after the ranks have gone on, and on a busy machine that moment can last until the next bucket is full.
+    bucket a moment after the ranks have moved on, and on a busy machine that moment can last until the next bucket is full.
     """
     gc.collect()
     if ranks.device.type == "cuda":

@@ -19,6 +19,7 @@ from mimscale.training.optimizer import decay_groups
 from mimscale.training.pretraining.module import build_objective
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe
 from mimscale.training.saver import Saver
+from mimscale.wording import counted
 
 
 def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str, float]:
@@ -61,7 +62,9 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
         saver.finish()
     size = sum(path.stat().st_size for path in folder.glob("checkpoints/step_*/*"))
     found["bytes"] = size
-    print(f"{recipe.model.name}, {local} images a step of {usual:.2f} s; a checkpoint of {size / 1e9:.2f} GB")
+    print(
+        f"{recipe.model.name}, {counted(local, 'image')} a step of {usual:.2f} s; a checkpoint of {size / 1e9:.2f} GB"
+    )
     print(f"{'':10}{'the step waits':>16}{'of a step':>11}{'later steps, in all':>21}{'a save costs':>14}")
     for mode in ("blocking", "async"):
         stall, slower = found[f"{mode}, stall"], found[f"{mode}, slower"]

@@ -28,7 +28,7 @@ class TimmSimMIM(nn.Module):
 
     Args:
         name: of the encoder, "swinv2_s" and so on.
-        fast_target: normalise the target as mimscale does, in place of a plain 47-wide ``avg_pool2d``.
+        fast_target: normalise the target as mimscale does, instead of a plain 47-wide ``avg_pool2d``.
         image: side of the images.
         window: of the attention.
     """

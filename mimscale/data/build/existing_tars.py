@@ -26,6 +26,7 @@ from mimscale.data.shards.format import (
 from mimscale.data.shards.fractions import FRACTIONS
 from mimscale.data.shards.tar import TarError, walk
 from mimscale.files import write_bytes
+from mimscale.wording import counted
 
 _IMAGES = (b"jpg", b"jpeg", b"png", b"ppm", b"webp", b"bmp", b"tif", b"tiff")
 # tar names that say they hold held-out images: val-000.tar, imagenet1k-validation-00.tar.
@@ -108,7 +109,7 @@ def index_tars(
         raise ShardError(f"{len(broken)} tars are damaged: " + "; ".join(broken[:10]))
     keys = [key for result in scanned for key in result.keys]
     if not keys:
-        raise ShardError(f"{folder}: no images in its {len(tars)} tars")
+        raise ShardError(f"{folder}: no images in its {counted(len(tars), 'tar')}")
     if len(set(keys)) < len(keys):
         # Many tools number samples anew in each tar.
         keys = [

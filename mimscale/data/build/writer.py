@@ -123,7 +123,7 @@ def _sole_builder(out: Path, work: Path) -> Iterator[None]:
 
 @contextmanager
 def leaving_nothing(out: Path, work: Path) -> Iterator[None]:
-    """Remove the work folder of a build that fails, unless a layout is kept there for the next one to go on with.
+    """Remove the work folder of a build that fails, unless a layout is kept there for the next one to resume from.
 
     To be entered by the only builder in ``out``.
     """
@@ -152,7 +152,7 @@ def build(
     workers: int = 1,
     report: Progress = lambda what, done, total: None,
 ) -> Index:
-    """Write the shards of a source, or go on with a build that was cut off.
+    """Write the shards of a source, or resume a build that was cut off.
 
     Args:
         train: the training images.

@@ -1,4 +1,4 @@
-"""How well predictions would have done: cells left out of the fit and foretold, budgets spent knowing only cheap cells."""
+"""How well predictions would have done: cells left out of the fit and predicted, budgets spent knowing only cheap cells."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mimscale.study.results.result import ResultsError
 
 @dataclass(frozen=True)
 class Check:
-    """Cells left out of a fit, and how well it foretold them; errors and widths are shares of the loss."""
+    """Cells left out of a fit, and how well it predicted them; errors and widths are shares of the loss."""
 
     left_out: str
     fitted: int
@@ -27,7 +27,7 @@ class Check:
 
 
 def checks(grid: Sequence[Cell]) -> list[Check]:
-    """Leave out each model, length and dataset, and all but the cheap cells, and foretell them from the rest."""
+    """Leave out each model, length and dataset, and all but the cheap cells, and predict them from the rest."""
     known = [c for c in grid if c.val_loss and Condition.of(c)]
     groups: dict[str, set[Cell]] = {}
     for name_of in (

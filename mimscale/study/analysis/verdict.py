@@ -71,7 +71,7 @@ def curve_noise(losses: Sequence[float]) -> float:
     return statistics.median(bends) / 0.6745 / math.sqrt(6)
 
 
-def foresee(found: Iterable[Cell]) -> dict[Cell, OverfitForecast]:
+def forecast_cells(found: Iterable[Cell]) -> dict[Cell, OverfitForecast]:
     """Cells without an end point that the end points of others show to overfit.
 
     A cell is bound to overfit where two cheaper cells on its data, in a row along length (same model) or along model size (same
@@ -87,11 +87,11 @@ def foresee(found: Iterable[Cell]) -> dict[Cell, OverfitForecast]:
     return {
         cell: forecast
         for cell in found
-        if cell.val_loss is None and (forecast := _foretold(cell, known, tolerance)) is not None
+        if cell.val_loss is None and (forecast := _forecast(cell, known, tolerance)) is not None
     }
 
 
-def _foretold(cell: Cell, known: Sequence[Cell], tolerance: float) -> OverfitForecast | None:
+def _forecast(cell: Cell, known: Sequence[Cell], tolerance: float) -> OverfitForecast | None:
     this = cell.first
     same = [c for c in known if _line(c) == _line(cell)]
     shorter = [c for c in same if c.first.model == this.model and c.first.iterations < this.iterations]

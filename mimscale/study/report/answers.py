@@ -30,7 +30,7 @@ def answer(
         iterations: of the pre-training.
         budget: relative compute, with ``dataset``: which model and length?
         objective: whose cells.
-        check: how well are cells that were run foretold from the others?
+        check: how well are cells that were run predicted from the others?
 
     Raises:
         ResultsError: too few cells are done; an unknown model or dataset; nothing is asked.
@@ -86,12 +86,12 @@ def budget_text(grid: Sequence[Cell], budget: float, dataset: str) -> str:
 
 
 def check_text(grid: Sequence[Cell]) -> str:
-    """How well cells that were left out are foretold, as a table in Markdown."""
+    """How well cells that were left out are predicted, as a table in Markdown."""
     found = checks(grid)
     if not found:
         raise ResultsError("too few cells are done to leave any out")
     lines = [
-        "| left out | fitted on | foretold | median error | largest error | in the 95 % interval | median width |",
+        "| left out | fitted on | predicted | median error | largest error | in the 95 % interval | median width |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
@@ -100,7 +100,7 @@ def check_text(grid: Sequence[Cell]) -> str:
     ]
     count = sum(c.cells for c in found)
     covered = sum(c.covered * c.cells for c in found) / count
-    lines += ["", f"{covered:.0%} of all {count} foretold losses lie in their 95 % intervals."]
+    lines += ["", f"{covered:.0%} of all {count} predicted losses are in their 95 % intervals."]
     if spent := regrets(grid):
         losses = [(chosen.val_loss or 0) / (best.val_loss or 1) - 1 for *_, chosen, best in spent]
         exact = sum(chosen == best for *_, chosen, best in spent)

@@ -24,7 +24,7 @@ SAID: dict[Verdict, str] = {
     "no": "These runs do not show it.",
     "open": "These runs cannot tell.",
 }
-# More data is said not to help where doubling it gains less than this share of what doubling the training does.
+# More data counts as no help where doubling it gains less than this share of what doubling the training does.
 LITTLE = 0.5
 FEW = 3  # cells that overfit, below which a trend may be chance
 
@@ -216,7 +216,7 @@ def more_data(grid: Grid) -> Finding:
         f"from {min(g for *_, g in data):.2%} to {max(g for *_, g in data):.2%}); "
         f"doubling the training lowers it by {by_time:.2%} (median of {len(time)}).",
         f"To the largest size, {title(_dataset(data, largest))}, it is {mean:.2%} a doubling (mean of {len(last)}, 95 % interval "
-        f"{low:.2%} to {high:.2%}). More data is said not to help where all of that is below {LITTLE:.0%} of what doubling the "
+        f"{low:.2%} to {high:.2%}). More data counts as no help where all of that is below {LITTLE:.0%} of what doubling the "
         "training gains.",
     ]
     others = _other_families(cells)

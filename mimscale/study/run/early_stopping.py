@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from mimscale.study.analysis.verdict import foresee, judge_curve
+from mimscale.study.analysis.verdict import forecast_cells, judge_curve
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, descendants
 from mimscale.study.plan import job_flops
@@ -64,7 +64,7 @@ class Judge:
             return []
         results = [result_of(job, self.jobs, self.folder, with_curve=False) for job in self.jobs.values()]
         rulings = []
-        for cell, forecast in foresee(cells(results)).items():
+        for cell, forecast in forecast_cells(cells(results)).items():
             rulings += self._rule([run.cell for run in cell.runs], forecast.reason)
         return rulings
 

@@ -26,6 +26,7 @@ from mimscale.study.spec import Study
 from mimscale.training.launch.start import Start, launch_pretraining
 from mimscale.training.metrics import duration
 from mimscale.transfer.launch import launch_finetuning
+from mimscale.wording import counted
 
 POLL_SECONDS = 0.2
 JUDGE_SECONDS = 3.0
@@ -116,7 +117,7 @@ class LocalRun:
                 self._reap(active, status)
         if self.signal is not None:
             if self.active and not all(active.stopping for active in self.active.values()):
-                self._say(f"stopping at {self.signal}: {len(self.active)} runs save and end")
+                self._say(f"stopping at {self.signal}: waiting for {counted(len(self.active), 'run')} to save and end")
                 for active in self.active.values():
                     active.stop()
             return bool(self.active)
@@ -193,10 +194,10 @@ class LocalRun:
         elif record.tries > self.study.local.retries:
             record.state, record.note = "failed", self._why(job, status)
             waiting = [name for name in descendants(self.jobs, job.id) if name not in self.active]
-            behind = f"; {len(waiting)} jobs behind it cannot start" if waiting else ""
+            behind = f"; {counted(len(waiting), 'job')} behind it cannot start" if waiting else ""
             self._say(f"{job.id} failed {record.tries} times: {record.note}{behind}")
         else:
-            self._say(f"{job.id} ended: {self._why(job, status)}; going on from its last checkpoint")
+            self._say(f"{job.id} ended: {self._why(job, status)}; resuming from its last checkpoint")
         self.folder.write(job, record)
 
     def _outcome(self, job: Job) -> str:
@@ -253,7 +254,7 @@ class LocalRun:
         parts += [f"{left} not begun or not ended" if left else "", f"failed: {', '.join(failed)}" if failed else ""]
         ending = f" in {duration(time.monotonic() - self.begun)}"
         if self.signal is not None:
-            ending += "; stopped, the same command goes on"
+            ending += "; stopped, the same command resumes"
         self._say("; ".join(part for part in parts if part) + ending)
         return 0 if not failed and not left else 1
 

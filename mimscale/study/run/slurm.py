@@ -23,7 +23,7 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
 
     Raises:
         StudyError: folders that do not belong to the study, or shards that are not set; nothing is queued then.
-        SlurmError: Slurm refuses a job; those before it stay queued, and submitting again goes on behind them.
+        SlurmError: Slurm refuses a job; those before it stay queued, and submitting again continues behind them.
     """
     folder = StudyFolder(study)
     folder.check(jobs)

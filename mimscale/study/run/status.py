@@ -11,6 +11,7 @@ from mimscale.study.jobs import Job
 from mimscale.study.plan import table
 from mimscale.study.spec import Study
 from mimscale.training.status import status
+from mimscale.wording import counted
 
 REFRESH_SECONDS = 5
 
@@ -50,8 +51,8 @@ def status_text(study: Study, jobs: dict[str, Job]) -> str:
                 note = note or seen.health
         states[state] += 1
         rows.append((job.id, state, step, figures, note))
-    counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    return f"{table(rows, left=5)}\n\n{len(jobs)} jobs: {counted}"
+    sums = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    return f"{table(rows, left=5)}\n\n{counted(len(jobs), 'job')}: {sums}"
 
 
 def show_status(study: Study, jobs: dict[str, Job], watch: bool) -> int:

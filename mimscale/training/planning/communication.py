@@ -225,7 +225,7 @@ class StepTime:
 def step_time(traffic: Traffic, network: Network, compute: float) -> StepTime:
     """How long a step takes where communication is hidden as far as its order allows.
 
-    Gradients travel while the backward pass, two thirds of the computing, goes on; what stage 3 gathers is fetched ahead
+    Gradients travel during the backward pass, two thirds of the computing; what stage 3 gathers is fetched ahead
     through the whole step, and put together by the host meanwhile. What is gathered after the update has nothing to hide
     behind.
 

@@ -24,6 +24,7 @@ from mimscale.training.pretraining.validation import validate
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import Recipe
 from mimscale.training.task import Evaluator, Task, TaskBatch, ValidationResult
+from mimscale.wording import counted
 
 
 def pretrain(recipe: Recipe, ds_config: dict[str, Any], output: str | Path) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Pretraining(Task):
         record = found.record(self.recipe.mim.loss)
         text = (
             f"validation loss {record['val_loss']:.4f} (l1 {found.l1:.4f}, l2 {found.l2:.4f}; "
-            f"predicting the local mean {record['val_baseline']:.4f}) on {found.images} images"
+            f"predicting the local mean {record['val_baseline']:.4f}) on {counted(found.images, 'image')}"
         )
         pictures = {"reconstructions": reconstruction_sheet(*found.samples)} if found.samples is not None else {}
         return ValidationResult(record, text, pictures)

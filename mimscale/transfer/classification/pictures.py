@@ -20,7 +20,7 @@ GREEN, RED = (0, 110, 40), (180, 30, 20)
 
 
 class PredictionSheet:
-    """The first images of a validation with what is said of them, true answers in green and wrong ones in red."""
+    """The first images of a validation with what is predicted of them, true answers in green and wrong ones in red."""
 
     def __init__(self, classes: Sequence[str], count: int = SHOWN):
         self.classes, self.count = classes, count

@@ -31,6 +31,7 @@ from mimscale.transfer.classification.recipe import ClassificationRecipe
 from mimscale.transfer.classification.scores import TOP, predict, read_ahead
 from mimscale.transfer.task import TransferTask
 from mimscale.transfer.weights import task_encoder
+from mimscale.wording import counted
 
 
 class Classifier(nn.Module):
@@ -130,7 +131,7 @@ class Classification(TransferTask):
         data = self.recipe.data
         return (
             f"{self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
-            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {self.counts.images.sum()} images "
+            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {counted(self.counts.images.sum(), 'image')} "
             f"({data.fraction}) of {len(self.index.classes)} classes"
             + (f", {len(self.counts.empty)} of them without an image" if self.counts.empty else "")
         )
@@ -200,7 +201,7 @@ class Classification(TransferTask):
         record = found.figures(self.counts.shots())
         text = (
             f"top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %, loss {record['val_loss']:.4f} "
-            f"on {len(found.labels)} images"
+            f"on {counted(len(found.labels), 'image')}"
         )
         if not ranks.is_first:
             return ValidationResult(record, text)

@@ -2,7 +2,7 @@
 
 As in :mod:`mimscale.data`, the order is a permutation keyed to (seed, epoch) and everything that is drawn for a training
 sample is keyed to its position in the run, ``step * global_batch + i``: neither ranks, nor workers, nor a restart change a
-pixel. What one image is, and what is drawn for it, is said by a subclass of :class:`DenseImages`.
+pixel. What one image is, and what is drawn for it, is defined by a subclass of :class:`DenseImages`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class DenseStream:
         rank: whose share.
         world_size: how many ranks.
         start_step: the first step.
-        stop_step: the step to end before; ``None`` goes on for ever.
+        stop_step: the step to end before; ``None`` never ends.
         workers: processes that read ahead; 0 reads in this one.
         max_damaged: how many damaged images to pass over before giving up.
 

@@ -48,7 +48,7 @@ class Instances:
     left_out: dict[str, int]
     build: str
     # Outlines: all coordinates, where each ring of them begins, and the first ring of each object. An object without a ring
-    # has run-lengths in place of them.
+    # has run-lengths instead of them.
     _points: np.ndarray
     _rings: np.ndarray
     _first_ring: np.ndarray
@@ -113,7 +113,7 @@ def read_instances(file: Path, folder: Path, keep_empty: bool) -> Instances:
 
     Raises:
         ShardError: an image is not there, an object has a class or an image that the file lacks or a mask of another size,
-            or numbers stand twice.
+            or numbers are duplicated.
     """
     content = read_content(file)
     try:

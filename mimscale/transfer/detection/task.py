@@ -24,6 +24,7 @@ from mimscale.transfer.detection.mask_rcnn import DetectionHeads, MaskRCNN, Size
 from mimscale.transfer.detection.pictures import LEAST, DetectionSheet, drawn, drawn_detections
 from mimscale.transfer.detection.recipe import DetectionRecipe
 from mimscale.transfer.detection.scores import coco_figures, detect
+from mimscale.wording import counted
 
 
 class Detection(DenseTask):
@@ -85,7 +86,7 @@ class Detection(DenseTask):
         return (
             f"Mask R-CNN on {self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
             f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {objects.sum()} objects of {len(self.classes)} classes "
-            f"in {len(instances.names)} images"
+            f"in {counted(len(instances.names), 'image')}"
             + (f", left out: {', '.join(f'{n} {what}' for what, n in left_out.items())}" if left_out else "")
             + (f"; classes without an object: {', '.join(empty[:5])}" if empty else "")
         )
@@ -116,7 +117,7 @@ class Detection(DenseTask):
         record = coco_figures(instances.file, [entry for _, part in gathered for entry in part], images)
         text = (
             f"box AP {record['val_box_ap']:.2f} (50: {record['val_box_ap50']:.2f}), mask AP {record['val_mask_ap']:.2f} "
-            f"(50: {record['val_mask_ap50']:.2f}) on {len(images)} images"
+            f"(50: {record['val_mask_ap50']:.2f}) on {counted(len(images), 'image')}"
         )
         return ValidationResult(record, text, {"detections": sheet.draw()})
 

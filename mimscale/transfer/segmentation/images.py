@@ -90,7 +90,7 @@ class SegmentationImages(DenseImages):
 
     @override
     def sample(self, number: int, drawn: np.ndarray, draw_key: int) -> tuple[Tensor, ...]:
-        """A training crop: the image, uint8 (3, S, S), and its labels, int16 (S, S), -1 where nothing is said."""
+        """A training crop: the image, uint8 (3, S, S), and its labels, int16 (S, S), -1 where nothing is labelled."""
         pixels, labels = self.pictures.read(number)
         before = pixels.shape[:2]
         least, most = self.jitter

@@ -97,7 +97,7 @@ class LabelPictures:
         """An image and its labels.
 
         Returns:
-            uint8 (height, width, 3); int16 (height, width), classes from 0 on, -1 where nothing is said.
+            uint8 (height, width, 3); int16 (height, width), classes from 0 on, -1 where nothing is labelled.
 
         Raises:
             DamagedSample: one of them cannot be read, they differ in size, or a label is none of the classes.

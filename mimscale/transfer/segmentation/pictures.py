@@ -55,7 +55,7 @@ def with_legend(picture: Image.Image, shown: Sequence[int], classes: Sequence[st
 
 
 class SegmentationSheet:
-    """The first held-out images: as they are, with their true classes, with those that are said."""
+    """The first held-out images: as they are, with their true classes, with the predicted ones."""
 
     def __init__(self, classes: Sequence[str]):
         self.classes = classes

@@ -62,7 +62,7 @@ class Confusion:
         return cls(np.zeros((classes, classes), np.int64))
 
     def and_image(self, labels: Tensor, said: Tensor) -> Confusion:
-        """With one more image: labels (H, W), -1 where nothing is said and nothing counts, and what was said (H, W)."""
+        """With one more image: labels (H, W), -1 where nothing is labelled and nothing counts, and what was predicted (H, W)."""
         classes = len(self.pixels)
         counts = labels >= 0
         pairs = labels[counts].long() * classes + said[counts].long()

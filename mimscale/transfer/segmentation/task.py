@@ -23,6 +23,7 @@ from mimscale.transfer.segmentation.pictures import SegmentationSheet, coloured,
 from mimscale.transfer.segmentation.recipe import SegmentationRecipe
 from mimscale.transfer.segmentation.scores import Confusion, slide
 from mimscale.transfer.segmentation.upernet import UPerNet, UPerNetHeads
+from mimscale.wording import counted
 
 
 class Segmentation(DenseTask):
@@ -86,8 +87,8 @@ class Segmentation(DenseTask):
         alone = self.images.pictures.alone
         return (
             f"UPerNet on {self.recipe.model.name} from {self.recipe.finetune.source or 'scratch'}, "
-            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {len(self.classes)} classes in "
-            f"{len(self.images.keys)} images"
+            f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {counted(len(self.classes), 'class')} in "
+            f"{counted(len(self.images.keys), 'image')}"
             + (
                 f"; left out, since one of image and labels is not there: {len(alone)} ({alone[0]}, ...)"
                 if alone
@@ -128,7 +129,7 @@ class Segmentation(DenseTask):
         record = {**self.last.figures(), "val_images": images}
         text = (
             f"mIoU {record['val_miou']:.2f}, {record['val_pixel_accuracy']:.2f} % of the pixels right, "
-            f"{record['val_class_accuracy']:.2f} % of a class's, on {images} images"
+            f"{record['val_class_accuracy']:.2f} % of a class's, on {counted(images, 'image')}"
             + "".join(f"; left out {key}: {reason}" for key, reason in list(self.damaged.items())[:3])
         )
         return ValidationResult(record, text, {"segmentations": sheet.draw()})

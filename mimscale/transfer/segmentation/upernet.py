@@ -102,7 +102,7 @@ class UPerNet(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8.
-            labels: (B, H, W) int16, classes from 0 on, -1 where nothing is said; needed while training.
+            labels: (B, H, W) int16, classes from 0 on, -1 where nothing is labelled; needed while training.
             draw_keys: (B,) int64 that drop path and dropout are keyed to.
 
         Returns:

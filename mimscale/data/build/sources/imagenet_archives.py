@@ -22,6 +22,7 @@ from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.build.sources.image_folder import FLAT_CLASS, IMAGE_SUFFIXES
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards.tar import Member, TarError, walk
+from mimscale.wording import counted
 
 
 def _text(name: bytes) -> str:
@@ -212,7 +213,7 @@ class PlainTar(Source):
         if self._class_of is not None:
             _require_known(self.path, self.classes, label_of)
             if any(isinstance(value, int) and not 0 <= value < len(label_of) for value in self._class_of.values()):
-                raise ShardError(f"{self.path}: its labels go beyond the {len(label_of)} classes to train on")
+                raise ShardError(f"{self.path}: its labels go beyond the {counted(len(label_of), 'class')} to train on")
             numbers = {n: value if isinstance(value, int) else label_of[value] for n, value in self._class_of.items()}
             return [ArchiveRange(archive, 0, -1, -1, "", thorough, labels=numbers, prefixes=prefixes)]
         if not self._folders:
@@ -253,11 +254,11 @@ def read_labels(path: Path, names: list[str]) -> dict[str, str | int]:
     if lines and all(len(line) == 2 for line in lines):
         given = {PurePosixPath(name).name: int(value) if value.isdigit() else value for name, value in lines}
         if missing := [name for name in names if name not in given]:
-            raise ShardError(f"{path}: no label for {len(missing)} images, {missing[0]} among them")
+            raise ShardError(f"{path}: no label for {counted(len(missing), 'image')}, {missing[0]} among them")
         return {name: given[name] for name in names}
     if len(lines) != len(names) or any(len(line) != 1 for line in lines):
         raise ShardError(
-            f"{path}: {len(lines)} labels for {len(names)} images; write one a line, or lines of NAME CLASS"
+            f"{path}: {counted(len(lines), 'label')} for {counted(len(names), 'image')}; write one a line, or lines of NAME CLASS"
         )
     values = [line[0] for line in lines]
     if all(value.isdigit() for value in values):
