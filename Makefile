@@ -6,9 +6,9 @@ BIN := $(abspath $(VENV))/bin
 DEMO ?= demo
 # Ranks of the demo: every GPU there is, or two processes on the CPU.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
-# Test files that run side by side, a thread each; many tests start two ranks of their own. In the order of their names: by
+# Test files that run side by side, a thread each: three keep two cores busy, as many tests wait for ranks to start. In the order of their names: by
 # number of tests, as is the default, those with few and long tests would come last and run alone.
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 
 .PHONY: demo test lint clean
 
