@@ -1,6 +1,6 @@
 """What comes with mimscale beside its modules: launchers, recipes, studies, DeepSpeed configurations, Slurm files.
 
-They lie at the top of a clone; a wheel carries the same folders inside the package. Wherever a file of one of the kinds below is
+They are at the top of a clone; a wheel carries the same folders inside the package. Wherever a file of one of the kinds below is
 asked for, its name does, from any folder: ``swinv2_b``, ``finetune/demo``, ``zero2``.
 """
 
@@ -23,7 +23,7 @@ class Kind:
 
     Args:
         what: it is called in messages.
-        folder: where those that come with mimscale lie.
+        folder: of those that come with mimscale.
         suffix: of its files.
         aliases: further names, each with the one that it stands for.
     """
@@ -52,13 +52,20 @@ class Kind:
         return sorted(map(str, found), key=lambda name: ("/" in name, name))
 
     def missing(self, name: str | Path) -> str:
-        """What to say where :meth:`find` has found nothing: the nearest name, and where was looked."""
+        """What to report where :meth:`find` has found nothing: the nearest name, where it was looked for, and all names."""
         path, names = Path(name), self.names()
-        near = difflib.get_close_matches(path.name.removesuffix(self.suffix), names, n=1, cutoff=0.6)
+        stem = path.name.removesuffix(self.suffix)
+        near = difflib.get_close_matches(stem, names, n=1, cutoff=0.6)
         hint = f"; did you mean '{near[0]}'?" if near else ""
+        for kind, command in ((RECIPES, "pretrain"), (FINETUNE_RECIPES, "finetune")):
+            if kind.folder != self.folder and self.what == kind.what and kind.find(stem) != Path(stem):
+                hint = f"; '{stem}' is a recipe of mimscale {command}"
         beside = sorted(p.name for p in path.parent.glob(f"*{self.suffix}")) if path.parent.is_dir() else []
-        looked = f"{path.parent.resolve()} holds {', '.join(beside) or f'no {self.suffix} file'}"
-        return f"there is no {self.what} {name}{hint}; {looked}; {self.folder} holds {', '.join(names)}"
+        looked = f"{path.parent.resolve()} has {', '.join(beside) or f'no {self.suffix} file'}"
+        inner = [other for other in names if "/" in other]
+        more = f", and {len(inner)} in {inner[0].partition('/')[0]}/" if inner else ""
+        own = ", ".join(other for other in names if other not in inner)
+        return f"there is no {self.what} {name}{hint}\n{looked}\nmimscale has {own}{more}"
 
 
 RECIPES = Kind("recipe", LAUNCHERS / "recipes", ".yaml")

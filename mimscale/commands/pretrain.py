@@ -16,11 +16,14 @@ def start_parser(program: str, purpose: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--deepspeed_config",
         metavar="FILE|NAME",
-        help="DeepSpeed configuration (JSON), or one of mimscale's own: zero1, zero2, zero3, zero3_offload, cpu "
+        help="DeepSpeed configuration (JSON), or one of mimscale's own: zero1, zero2, zero3, zero3_offload, cpu, giant_cpu "
         "(default: zero2 on GPUs, else cpu)",
     )
     made.add_argument(
-        "--recipe", required=True, metavar="FILE|NAME", help="recipe (YAML), or one of mimscale's own: demo"
+        "--recipe",
+        required=True,
+        metavar="FILE|NAME",
+        help="recipe (YAML), or one of mimscale's own by name, such as demo; a wrong name lists them",
     )
     made.add_argument("--output", required=True, metavar="RUN", help="run folder; one that exists is resumed")
     made.add_argument(

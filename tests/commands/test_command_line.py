@@ -85,7 +85,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_where_was_looked(
         read(name)
     said = str(caught.value)
     assert f" {name}; did you mean '{near}'?" in said
-    assert str(tmp_path) in said and near in said.rpartition(" holds ")[2]
+    assert str(tmp_path) in said and near in said.rpartition("mimscale has ")[2]
 
 
 def test_every_name_that_is_listed_can_be_read():

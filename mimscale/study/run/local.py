@@ -204,7 +204,10 @@ class LocalRun:
         found = self.folder.result(job) or {}
         last = found.get("validation") or {}
         if job.launcher == "finetune":
-            return f"{found.get('metric')} {found.get('value')}"
+            value = found.get("value")
+            return (
+                f"{found.get('metric')} {value:.4g}" if isinstance(value, float) else f"{found.get('metric')} {value}"
+            )
         measured = f", validation loss {last['val_loss']:.4f}" if "val_loss" in last else ""
         return f"training loss {found['train_loss']:.4f}{measured}"
 
