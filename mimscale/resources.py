@@ -60,7 +60,7 @@ class Kind:
         for kind, command in ((RECIPES, "pretrain"), (FINETUNE_RECIPES, "finetune")):
             if kind.folder != self.folder and self.what == kind.what and kind.find(stem) != Path(stem):
                 hint = f"; '{stem}' is a recipe of mimscale {command}"
-        beside = sorted(p.name for p in path.parent.glob(f"*{self.suffix}")) if path.parent.is_dir() else []
+        beside = sorted(p.name for p in path.parent.glob(f"[!.]*{self.suffix}")) if path.parent.is_dir() else []
         looked = f"{path.parent.resolve()} has {', '.join(beside) or f'no {self.suffix} file'}"
         inner = [other for other in names if "/" in other]
         more = f", and {len(inner)} in {inner[0].partition('/')[0]}/" if inner else ""

@@ -88,6 +88,15 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_where_was_looked(
     assert str(tmp_path) in said and near in said.rpartition("mimscale has ")[2]
 
 
+@pytest.mark.parametrize(
+    ("read", "name", "command"),
+    [(load_recipe, "demo_detection", "finetune"), (load_finetune_recipe, "swinv2_b", "pretrain")],
+)
+def test_a_name_of_the_other_kind_of_recipe_is_named_as_that(read, name, command):
+    with pytest.raises(RecipeError, match=f"'{name}' is a recipe of mimscale {command}"):
+        read(name)
+
+
 def test_every_name_that_is_listed_can_be_read():
     assert {"demo", "swinv2_g", "finetune/demo"} <= set(RECIPES.names())
     for kind in (RECIPES, FINETUNE_RECIPES, STUDIES, DS_CONFIGS):
