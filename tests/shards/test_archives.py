@@ -144,7 +144,7 @@ def test_held_out_images_get_the_labels_of_their_file_in_every_form(val_archive,
     with pytest.raises(ShardError, match=r"put the devkit's meta\.mat beside it"):
         read_labels(truth, names)
     truth.write_text("n01440764\n")
-    with pytest.raises(ShardError, match="1 labels for 200 images"):
+    with pytest.raises(ShardError, match="1 label for 200 images"):
         read_labels(truth, names)
 
 
