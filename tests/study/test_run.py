@@ -84,7 +84,7 @@ def test_a_cell_that_fails_stops_no_other_and_says_why(smoke):
     assert "10 of 12 jobs done" in second.stdout
     assert "failed: swinv2_bad-cells_20-40" in second.stdout
     assert re.search(
-        r"swinv2_bad-cells_20-40 failed 1 times: step \d+: .*loss.*; 1 jobs behind it cannot start", second.stdout
+        r"swinv2_bad-cells_20-40 failed 1 time: step \d+: .*loss.*; 1 job behind it cannot start", second.stdout
     )
     status = study("status", path)
     assert re.search(r"^swinv2_bad-cells_20-40 +failed", status.stdout, re.M)

@@ -195,7 +195,7 @@ class LocalRun:
             record.state, record.note = "failed", self._why(job, status)
             waiting = [name for name in descendants(self.jobs, job.id) if name not in self.active]
             behind = f"; {counted(len(waiting), 'job')} behind it cannot start" if waiting else ""
-            self._say(f"{job.id} failed {record.tries} times: {record.note}{behind}")
+            self._say(f"{job.id} failed {counted(record.tries, 'time')}: {record.note}{behind}")
         else:
             self._say(f"{job.id} ended: {self._why(job, status)}; resuming from its last checkpoint")
         self.folder.write(job, record)
@@ -205,9 +205,7 @@ class LocalRun:
         last = found.get("validation") or {}
         if job.launcher == "finetune":
             value = found.get("value")
-            return (
-                f"{found.get('metric')} {value:.4g}" if isinstance(value, float) else f"{found.get('metric')} {value}"
-            )
+            return f"{found.get('metric')} {round(value, 4) if isinstance(value, float) else value}"
         measured = f", validation loss {last['val_loss']:.4f}" if "val_loss" in last else ""
         return f"training loss {found['train_loss']:.4f}{measured}"
 
