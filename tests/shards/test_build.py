@@ -254,7 +254,7 @@ def test_views_name_classes_or_another_draw(solar_folders, solar_shards, tmp_pat
         (["--source", "{tmp}/nowhere"], "nowhere: no such file or folder"),
         (["--source", "{tmp}/empty"], "no images in it"),
         (["--source", "{photos}", "--out", "{other}"], "holds a build of other images or with other options"),
-        (["--source", "{photos}", "--val", "{solar}"], "classes are not in the training images: mono_000"),
+        (["--source", "{photos}", "--val", "{solar}"], "classes not in the training images: mono_000"),
         (["--source", "{photos}", "--subset", "in100=100"], "100 classes cannot be drawn from 4"),
         (["--source", "{photos}", "--subset", "50=2"], "NAME is not a number"),
     ],

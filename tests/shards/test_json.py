@@ -72,7 +72,7 @@ def test_what_is_missing_is_left_out_and_named(listed, capsys):
     [
         ({"annotations": [{"image_id": 100, "category_id": 7}]}, "a category that is not in the list: 7 (image 100)"),
         ({"annotations": [{"image_id": 5, "category_id": 0}]}, "images that are not in the list: 5"),
-        ({"annotations": [{"image_id": 100, "category_id": 10}]}, "1 images have more than one class"),
+        ({"annotations": [{"image_id": 100, "category_id": 10}]}, "1 image with more than one class"),
         ({"images": [{"id": 1, "file_name": "../secret.png"}]}, "images outside its folder: ../secret.png"),
         ({"images": [{"id": 100, "file_name": "a.png"}]}, "images with the same id: 100"),
         ({"categories": [{"id": 10, "name": "again"}]}, "categories with the same id: 10"),

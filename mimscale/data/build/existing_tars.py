@@ -106,7 +106,7 @@ def index_tars(
         scanned.append(result)
         report("scanning tars", done + 1, len(tars))
     if broken := [result.broken for result in scanned if result.broken]:
-        raise ShardError(f"{len(broken)} tars are damaged: " + "; ".join(broken[:10]))
+        raise ShardError(f"{counted(len(broken), 'tar')} damaged: " + "; ".join(broken[:10]))
     keys = [key for result in scanned for key in result.keys]
     if not keys:
         raise ShardError(f"{folder}: no images in its {counted(len(tars), 'tar')}")

@@ -35,6 +35,7 @@ from mimscale.data.shards.format import (
     table_dtype,
 )
 from mimscale.files import write_beside, write_bytes
+from mimscale.wording import counted
 
 Progress = Callable[[str, int, int], None]
 DEFAULTS = Options()
@@ -68,7 +69,7 @@ def scan(
         train_rows = writer.rows
     listing = writer.close()
     if broken:
-        raise ShardError(f"{len(broken)} archives are damaged; fetch them again: " + "; ".join(broken[:10]))
+        raise ShardError(f"{counted(len(broken), 'archive')} damaged; fetch them again: " + "; ".join(broken[:10]))
     if not train_rows:
         raise ShardError(f"the source holds no image that can be stored ({len(rejected)} could not be decoded)")
     return listing, train_rows, rejected

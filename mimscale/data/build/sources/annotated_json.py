@@ -19,6 +19,7 @@ from mimscale.data.build.listing import Found, unique
 from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.build.sources.image_folder import listed_images
 from mimscale.data.errors import ShardError
+from mimscale.wording import counted
 
 _SHOWN = 5
 
@@ -102,7 +103,7 @@ class AnnotatedJson(Source):
             labels[annotation["image_id"]].add(label_of[annotation["category_id"]])
         several = [files[image] for image, found in labels.items() if len(found) > 1]
         if several:
-            raise _fail(self.path, f"{len(several)} images have more than one class", several)
+            raise _fail(self.path, f"{counted(len(several), 'image')} with more than one class", several)
         members: dict[int, list[str]] = defaultdict(list)
         for image, name in files.items():
             members[min(labels[image]) if image in labels else -1].append(name)
@@ -120,7 +121,7 @@ class AnnotatedJson(Source):
             ShardError: a class that ``label_of`` does not know; no image has a class.
         """
         if unknown := [name for name in self.classes if name not in label_of]:
-            raise _fail(self.path, f"{len(unknown)} classes are not in the training images", unknown)
+            raise _fail(self.path, f"{counted(len(unknown), 'class')} not in the training images", unknown)
         prefix_of = dict(zip(label_of, unique(label_of), strict=True))
         left_out = tuple((f"{self.folder}/{name}", "has no annotation") for name in sorted(self._members[-1]))
         tasks: list[ScanTask] = []

@@ -11,6 +11,7 @@ from mimscale.data import decode
 from mimscale.data.build.listing import Found, safe_part, unique
 from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import DamagedSample, ShardError
+from mimscale.wording import counted
 
 # What torchvision's ImageFolder takes, and GIF, which ImageNet-22K's crawl left some of.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -141,7 +142,7 @@ class ImageFolder(Source):
             return [FolderClass(str(self.folder), FLAT_CLASS, label_of.get(FLAT_CLASS, -1), thorough)]
         if unknown := [name for name in self.classes if name not in label_of]:
             raise ShardError(
-                f"{self.folder}: {len(unknown)} classes are not in the training images: {', '.join(unknown[:5])}"
+                f"{self.folder}: {counted(len(unknown), 'class')} not in the training images: {', '.join(unknown[:5])}"
             )
         # Prefixes follow the training classes, so that a held-out image of a class has the prefix that its training
         # images have.

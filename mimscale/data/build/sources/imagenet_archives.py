@@ -227,7 +227,9 @@ class PlainTar(Source):
 
 def _require_known(path: Path, classes: list[str], label_of: dict[str, int]) -> None:
     if unknown := [name for name in classes if name not in label_of]:
-        raise ShardError(f"{path}: {len(unknown)} classes are not in the training images: {', '.join(unknown[:5])}")
+        raise ShardError(
+            f"{path}: {counted(len(unknown), 'class')} not in the training images: {', '.join(unknown[:5])}"
+        )
 
 
 def read_labels(path: Path, names: list[str]) -> dict[str, str | int]:
