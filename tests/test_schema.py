@@ -188,10 +188,10 @@ def test_plain_text_in_a_file_is_taken_as_it_is_written(tmp_path, text):
     assert (data.fraction, data.shards) == (text, text)
 
 
-def test_a_home_is_expanded_and_null_unsets(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert load_recipe(RECIPE, ["data.shards=~/shards"]).data.shards == "/home/someone/shards"
-    assert load_study(SMOKE, ["shards.photographs=~/x"]).shards["photographs"] == "/home/someone/x"
+def test_a_home_is_expanded_and_null_unsets(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(RECIPE, ["data.shards=~/shards"]).data.shards == f"{tmp_path}/shards"
+    assert load_study(SMOKE, ["shards.photographs=~/x"]).shards["photographs"] == f"{tmp_path}/x"
     assert load_recipe(RECIPE, ["data.fraction=~/shards"]).data.fraction == "~/shards"
     for unset in ("data.shards=", "data.shards=null"):
         assert load_recipe(RECIPE, ["data.shards=x", unset]).data.shards is None
