@@ -1,12 +1,25 @@
-"""Files that change as a whole: a reader sees the old one or the new one, never half of one."""
+"""Files: written as a whole, so that a reader sees the old one or the new one; read with a bound, and only where they are files."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from mimscale.wording import counted, printable
+
+# What a file may hold that is read as a whole; data (tars, tensors) has bounds of its own.
+LARGEST = 64 * 2**20
+
+
+class UnfitFile(OSError):
+    """A path that is no regular file, or one that holds more than it may; the message names it."""
+
 
 
 @contextmanager
@@ -54,3 +67,76 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path | str) -> int:
+    """Open a file for reading and return its descriptor; what is no regular file (a pipe, a device, a folder) is refused.
+
+    Raises:
+        UnfitFile: it is something else.
+        OSError: it cannot be opened.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnfitFile(f"{printable(os.fspath(path))} is not a regular file")
+    return descriptor
+
+
+def read_bytes(path: Path | str, most: int = LARGEST) -> bytes:
+    """Read the whole of a file.
+
+    Args:
+        path: of a regular file.
+        most: bytes it may hold.
+
+    Raises:
+        UnfitFile: it is no regular file, or holds more.
+        OSError: it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UnfitFile(f"{printable(os.fspath(path))} holds more than {counted(most, 'byte')}, the most that is read")
+    return content
+
+
+def read_text(path: Path | str, most: int = LARGEST) -> str:
+    """Read the whole of a text file in UTF-8, with or without a byte order mark; as :func:`read_bytes`.
+
+    Raises:
+        UnfitFile: it is no regular file, holds more than ``most`` bytes, or is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise UnfitFile(f"{printable(os.fspath(path))} is not UTF-8 text (byte {problem.start})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from an untrusted place.
+
+    Raises:
+        ValueError: it is no JSON, or is nested too deeply; the message does not repeat the text.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+
+
+def read_json(path: Path | str, most: int = LARGEST) -> Any:
+    """Read a JSON file; as :func:`read_bytes`.
+
+    Raises:
+        UnfitFile: it is no regular file, holds more than ``most`` bytes, or is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        return parse_json(read_bytes(path, most))
+    except ValueError as problem:
+        raise UnfitFile(f"{printable(os.fspath(path))} is no JSON: {problem}") from None

@@ -1,6 +1,8 @@
-"""Numbers in messages."""
+"""Numbers and foreign text in messages."""
 
 from __future__ import annotations
+
+import unicodedata
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -14,3 +16,20 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {plural or noun + ('es' if noun.endswith(('ch', 'sh', 's', 'x')) else 's')}"
+
+
+def printable(text: object, most: int = 300) -> str:
+    """Foreign text (a key, a file's name, somebody else's message) as it may stand in a message, a log or a table.
+
+    Control characters, line ends, marks that turn the direction of writing, and halves of characters become escapes such as
+    ``\\x1b``; what is longer than ``most`` characters is cut in the middle.
+    """
+    whole = str(text)
+    if len(whole) > most:
+        kept = (most - 5) // 2
+        whole = f"{whole[:kept]} ... {whole[-kept:]}"
+    return "".join(c if unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in whole)
+
+
+# Controls, formats (among them the marks of direction), surrogates, private and unassigned characters, line and paragraph separators.
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
