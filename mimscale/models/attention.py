@@ -13,10 +13,6 @@ from mimscale.models.layers import Linear, QkvLinear
 SCALE_START = 10.0
 SCALE_LIMIT = 100.0
 BIAS_RANGE = 16.0
-# What the released code adds to the logits of pairs that the shift must keep apart.
-REGION_PENALTY = -100.0
-# Large enough to vanish from any softmax, finite so that a window of nothing but padding gives no NaN.
-PADDING_PENALTY = -1e4
 
 
 class Positions(NamedTuple):
@@ -27,12 +23,14 @@ class Positions(NamedTuple):
         pairs: (N * N,) rows of that table for every pair of tokens.
         penalty: (windows, 1, N, N) added to the logits, or None.
         tokens: N.
+        regions: (windows, N) int32, the numbers that the penalty keeps apart; None where there is none.
     """
 
     offsets: torch.Tensor
     pairs: torch.Tensor
     penalty: torch.Tensor | None
     tokens: int
+    regions: torch.Tensor | None = None
 
 
 def log_spaced(offsets: torch.Tensor, reference: tuple[int, int]) -> torch.Tensor:
@@ -111,4 +109,4 @@ class WindowAttention(nn.Module):
             raise ValueError("this attention owns no position bias and was given none")
         qkv = self.qkv(x, torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)))
         scale = self.logit_scale.clamp(max=math.log(SCALE_LIMIT)).exp()
-        return self.proj(attend(qkv, scale, bias, positions.penalty))
+        return self.proj(attend(qkv, scale, bias, positions.penalty, positions.regions))

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from mimscale.models.attention import PADDING_PENALTY, REGION_PENALTY, Positions, log_spaced
+from mimscale.models.attention import Positions, log_spaced
 from mimscale.models.encoder import spread_mask
 from mimscale.models.windows import (
     PADDING,
+    PADDING_PENALTY,
+    REGION_PENALTY,
     Move,
     Window,
     clip_window,
@@ -83,14 +85,15 @@ class MapPlan:
 def _positions(window: Window, reference: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Positions:
     offsets, index = relative_positions(window.size)
     regions = window_regions(window)
-    penalty = None
+    penalty = numbers = None
     if regions is not None:
         apart = regions[:, :, None] != regions[:, None, :]
         values = np.where(apart, REGION_PENALTY, 0.0)
         values = np.where((regions == PADDING)[:, None, :], PADDING_PENALTY, values)
         penalty = torch.as_tensor(values[:, None], dtype=dtype, device=device)
+        numbers = torch.as_tensor(regions, dtype=torch.int32, device=device)
     spaced = log_spaced(torch.as_tensor(offsets, dtype=dtype, device=device), reference)
-    return Positions(spaced, torch.as_tensor(index, device=device), penalty, window.area)
+    return Positions(spaced, torch.as_tensor(index, device=device), penalty, window.area, numbers)
 
 
 def build_stage(

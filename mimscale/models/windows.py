@@ -12,6 +12,10 @@ import numpy as np
 import torch
 
 PADDING = -1
+# What the released code adds to the logits of pairs that the shift must keep apart.
+REGION_PENALTY = -100.0
+# Large enough to vanish from any softmax, finite so that a window of nothing but padding gives no NaN.
+PADDING_PENALTY = -1e4
 
 
 @dataclass(frozen=True)

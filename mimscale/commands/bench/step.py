@@ -210,5 +210,11 @@ def _report(
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``mimscale bench step``; returns the exit status."""
-    bench_step(arguments)
+    if arguments.engine:
+        from mimscale.commands.bench.engine_step import bench_engine
+
+        arguments.dtype = arguments.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+        bench_engine(arguments)
+    else:
+        bench_step(arguments)
     return 0
