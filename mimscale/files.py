@@ -21,7 +21,6 @@ class UnfitFile(OSError):
     """A path that is no regular file, or one that holds more than it may; the message names it."""
 
 
-
 @contextmanager
 def write_beside(path: Path, durable: bool = False, folder: Path | None = None) -> Iterator[Path]:
     """Give a place to write to, which becomes ``path`` when the block ends; where it raises, ``path`` stays as it was.

@@ -30,6 +30,17 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def allow_graphs(number: int) -> None:
+    """Let ``torch.compile`` make so many graphs of one function (``torch._dynamo.config.recompile_limit``), and fail beyond.
+
+    Its own limit is 8; what comes after runs uncompiled, in silence.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, number)
+    config.fail_on_recompile_limit_hit = True
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """Fail on the device where ``condition`` is false, without waiting for it (``torch._assert_async``)."""
     torch._assert_async(condition, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any
@@ -113,8 +114,37 @@ def local_normalise(images: torch.Tensor, window: int) -> torch.Tensor:
     Raises:
         ValueError: an even window.
     """
+    if images.is_cuda and images.dtype != torch.float64:
+        return local_normalise_in_fp32(images, window)
     mean, deviation = local_statistics(images, window)
     return ((images - mean) / deviation).to(torch.promote_types(images.dtype, torch.float32))
+
+
+@functools.lru_cache(maxsize=16)
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """A matrix (length, length) that sums a line over the window around each position."""
+    place = torch.arange(length, device=device)
+    return ((place[:, None] - place[None, :]).abs() <= window // 2).float()
+
+
+def local_normalise_in_fp32(images: torch.Tensor, window: int) -> torch.Tensor:
+    """``local_normalise`` for a GPU, where fp64 is slow: sums by products with banded matrices, of images that are centred first.
+
+    Shapes and errors as in :func:`local_normalise`; equal to it within 2e-5 of the largest value.
+    """
+    if window % 2 == 0 or window < 3:
+        raise ValueError(f"the target window must be odd and at least 3, not {window}")
+    height, width = images.shape[-2:]
+    x = images.float()
+    x = x - x.mean((-2, -1), keepdim=True)
+    with torch.autocast(x.device.type, enabled=False):
+        sums = torch.stack((x, x * x)) @ _band(width, window, x.device)
+        sums = _band(height, window, x.device) @ sums
+    rows, columns = (_inside(length, window, x.device) for length in (height, width))
+    count = rows[:, None] * columns
+    mean, square = (sums * (1 / count).float()).unbind(0)
+    variance = (square - mean * mean) * (count / (count - 1)).float()
+    return (x - mean) * (variance.clamp(min=0) + EPSILON).rsqrt()
 
 
 def cut(maps: torch.Tensor, side: int) -> torch.Tensor:

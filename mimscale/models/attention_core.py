@@ -10,17 +10,14 @@ All ways compute softmax(cos(q, k) * scale + bias + penalty) v:
 - under ``torch.compile`` without the kernel, plain formulas, which the compiler fuses.
 """
 
-import functools
-import os
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mimscale.models.kernels.functions import takes_attention, window_attention
 from mimscale.models.layers import widens
-from mimscale.torch_private import is_fake, softmax_backward
+from mimscale.torch_private import softmax_backward
 
 CACHE_ELEMENTS = 2**20
 EPSILON = 1e-12  # below which a query's or key's length counts as this much
@@ -45,140 +42,15 @@ def attend(
     Returns:
         (B * windows, N, C)
     """
-    compiling = torch.compiler.is_compiling()
-    told = penalty is None or regions is not None
-    if qkv.is_cuda and told and (compiling or not is_fake(qkv)) and _kernel_takes(qkv, len(scale)):
-        if compiling:
-            return torch.ops.mimscale.window_attention(qkv, scale, bias, regions)
-        return _WindowKernel.apply(qkv, scale, bias, regions)
-    if compiling:
+    if (penalty is None or regions is not None) and takes_attention(qkv, len(scale)):
+        return window_attention(qkv, scale, bias, regions)
+    if torch.compiler.is_compiling():
         return attend_plainly(qkv, scale, bias, penalty)
     if qkv.is_cuda:
         return attend_fused(qkv, scale, bias, penalty)
     if widens(qkv):
         return _CosineAttention.apply(qkv.float(), scale.float(), bias, penalty).to(qkv.dtype)
     return _CosineAttention.apply(qkv, scale, bias, penalty)
-
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# "triton": mimscale's kernel; "sdpa": torch's. Unset: the first that works.
-CHOICE = "MIMSCALE_ATTENTION"
-
-
-def _kernel_takes(qkv: torch.Tensor, heads: int) -> bool:
-    # The limits are those of kernels.window_attention, which cannot be imported without Triton.
-    fits = qkv.dtype in KERNEL_DTYPES and qkv.shape[1] <= 512 and qkv.shape[2] // 3 // heads <= 128
-    return fits and kernel_runs(qkv.device.index)
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def kernel_runs(device: int | None = None) -> bool:
-    """Whether mimscale's kernel runs on a GPU, and right: tried once a process; where it does not, a warning says why.
-
-    Args:
-        device: number of the GPU; None for the present one.
-    """
-    if (choice := os.environ.get(CHOICE, "")) not in ("", "triton"):
-        return False
-    if not torch.cuda.is_available() or (
-        torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
-    ):
-        return False
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            worst = _kernel_error(torch.device("cuda", device))
-    except Exception as problem:  # whatever a compiler may throw at us
-        if choice:
-            raise
-        warnings.warn(f"mimscale's attention kernel does not run here, torch's is used: {problem}", stacklevel=2)
-        return False
-    if worst > KERNEL_BOUND:
-        warnings.warn(f"mimscale's attention kernel is wrong here by {worst:.1e}, torch's is used", stacklevel=2)
-    return worst <= KERNEL_BOUND
-
-
-KERNEL_BOUND = 2e-2  # of bf16 against fp32 formulas
-
-
-def _kernel_error(device: torch.device) -> float:
-    """Largest relative difference of the kernel's result and gradients from the formulas', on a small example."""
-    tokens, heads, windows = 36, 2, 2
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    regions = (torch.arange(tokens, device=device)[None] // torch.tensor([[tokens], [20]], device=device)).int()
-    penalty = torch.where(regions[:, :, None] != regions[:, None, :], -100.0, 0.0)[:, None]
-    qkv, grad = draw(2 * windows, tokens, 3 * 32 * heads).bfloat16(), draw(2 * windows, tokens, 32 * heads).bfloat16()
-    scale, bias = 10 + draw(heads, 1, 1), 4 * draw(heads, tokens, tokens)
-    found = []
-    for way in (_WindowKernel.apply, attend_plainly):
-        wide = qkv.float() if way is attend_plainly else qkv
-        leaves = [t.clone().requires_grad_() for t in (wide, scale, bias)]
-        out = way(*leaves, regions if way is not attend_plainly else penalty)
-        found.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
-    pairs = zip(*found, strict=True)
-    return max(((ours.float() - right).norm() / right.norm()).item() for ours, right in pairs)
-
-
-class _WindowKernel(torch.autograd.Function):
-    """mimscale's kernel, called directly: an operator's dispatch would cost more than the launch."""
-
-    @staticmethod
-    def forward(ctx, qkv, scale, bias, regions):
-        from mimscale.models.kernels import window_attention
-
-        bias = bias.contiguous()
-        ctx.save_for_backward(qkv, scale, bias, regions)
-        return window_attention.forward(qkv, scale, bias, regions)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        from mimscale.models.kernels import window_attention
-
-        return *window_attention.backward(grad.contiguous(), *ctx.saved_tensors), None
-
-
-@torch.library.custom_op("mimscale::window_attention", mutates_args=(), device_types="cuda")
-def _operator(
-    qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions: torch.Tensor | None
-) -> torch.Tensor:
-    from mimscale.models.kernels import window_attention
-
-    return window_attention.forward(qkv.contiguous(), scale, bias.contiguous(), regions)
-
-
-@_operator.register_fake
-def _(qkv, scale, bias, regions):
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
-@torch.library.custom_op("mimscale::window_attention_backward", mutates_args=(), device_types="cuda")
-def _operator_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from mimscale.models.kernels import window_attention
-
-    return window_attention.backward(grad.contiguous(), qkv.contiguous(), scale, bias.contiguous(), regions)
-
-
-@_operator_backward.register_fake
-def _(grad, qkv, scale, bias, regions):
-    return torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(bias)
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, grad):
-    return *_operator_backward(grad, *ctx.saved_tensors), None
-
-
-_operator.register_autograd(_gradients, setup_context=_keep)
 
 
 def _heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -158,7 +158,7 @@ class Encoder(nn.Module, ABC):
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
         for block in self.blocks:  # type: ignore[union-attr]
-            block.compile(**options)
+            block.compile(**{"dynamic": False, **options})
 
     def check(self) -> None:
         """Raise unless the constructor has set every attribute.

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mimscale.models.kernels import functions as kernels
 from mimscale.torch_private import cpu_multiplies_bf16
 
 WEIGHT_STD = 0.02
@@ -48,6 +49,8 @@ class _WidenedLinear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Map x (..., inputs) by weight (outputs, inputs) and bias (outputs,) to (..., outputs)."""
+    if bias is not None and kernels.takes_pointwise(x) and not torch.is_autocast_enabled("cuda"):
+        return kernels.linear(x, weight, bias)
     return _WidenedLinear.apply(x, weight, bias) if widens(x) else F.linear(x, weight, bias)
 
 
@@ -83,6 +86,16 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., inputs) to (..., outputs)."""
         return linear(x, self.weight, self.bias)
+
+
+class GeluLinear(Linear):
+    """A linear layer and GELU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., inputs) to (..., outputs)."""
+        if kernels.takes_pointwise(x) and not torch.is_autocast_enabled("cuda"):
+            return kernels.linear_gelu(x, self.weight, self.bias)
+        return F.gelu(super().forward(x))
 
 
 class QkvLinear(Linear):
@@ -131,12 +144,26 @@ class ResidualNorm(nn.LayerNorm):
             residual: (B, L, C).
             factor: of the whole branch, or (B, 1, 1), one for each sample.
         """
+        whole = isinstance(factor, float) and factor == 1.0
+        if (whole or isinstance(factor, torch.Tensor)) and self._fits_kernel(branch):
+            return kernels.residual_norm(
+                branch,
+                residual,
+                self.weight,
+                self.bias,
+                None if whole else factor,
+                self.eps,  # type: ignore[arg-type]
+            )
         if isinstance(factor, torch.Tensor):
             return torch.addcmul(residual, super().forward(branch), factor)
         if factor == 1.0:
             return super().forward(branch).add_(residual)
         weight, bias = self.weight * factor, self.bias * factor
         return F.layer_norm(branch, self.normalized_shape, weight, bias, self.eps).add_(residual)
+
+    def _fits_kernel(self, branch: torch.Tensor) -> bool:
+        same = branch.dtype == self.weight.dtype
+        return same and branch.shape[-1] <= kernels.WIDEST_NORM and kernels.takes_pointwise(branch)
 
 
 class PatchProjection(nn.Conv2d):
@@ -164,12 +191,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = GeluLinear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., C) to (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class PatchMerging(nn.Module):

@@ -22,6 +22,7 @@ from mimscale.models.settings import SwinSettings
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.models.swin_plan import MapPlan, PlanCache, StagePlan, build_plan
 from mimscale.models.weights.swin_forms import SwinHuggingFace, SwinTimm
+from mimscale.torch_private import allow_graphs
 
 
 class SwinBlock(nn.Module):
@@ -386,4 +387,6 @@ class SwinTransformerV2(Encoder):
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself (``torch.compile``): minutes at the first step, faster after it."""
         self.compiled = True
+        # A graph for each stage, shifted or not, in training and in validation, where batches have a size of their own.
+        allow_graphs(8 * len(self.depths))
         super().compile_blocks(**options)

@@ -243,6 +243,11 @@ def reconcile(config: dict[str, Any], recipe: RunRecipe, split: BatchSplit, on_g
         # same update from fp32 accumulation, with the state spread over the ranks.
         stage = 1
     zero = dict(resolved.get("zero_optimization", {}))
+    if train.compile and stage == 3:
+        raise DeepSpeedConfigError(
+            "train.compile=true does not go with ZeRO stage 3, whose hooks cut every block into pieces that run uncompiled; take "
+            "stage 1 or 2, or train.compile=false"
+        )
     _check_second_partition(config, stage, split.world_size)
     if stage:
         # DeepSpeed allocates the whole bucket, 500 million elements unless told otherwise, however small the model.

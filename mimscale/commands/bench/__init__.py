@@ -47,13 +47,21 @@ def _step(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compile", action="store_true", help="compile every block of mimscale's encoder")
     sub.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine")
     sub.add_argument("--alone", action="store_true", help="leave out the rivals")
-    sub.add_argument("--engine", action="store_true", help="train through DeepSpeed, as a run does; the options below say how")
+    sub.add_argument(
+        "--engine", action="store_true", help="train through DeepSpeed, as a run does; the options below say how"
+    )
     sub.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="stage, with --engine (1)")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), help="with --engine; by default bf16 on a GPU, fp32 on a CPU")
-    sub.add_argument("--micro", type=int, help="images of a micro-batch, with --engine; by default the whole batch of a rank")
-    sub.add_argument("--recompute", action="store_true", help="with --engine: compute blocks again in the backward pass")
+    sub.add_argument(
+        "--micro", type=int, help="images of a micro-batch, with --engine; by default the whole batch of a rank"
+    )
+    sub.add_argument(
+        "--recompute", action="store_true", help="with --engine: compute blocks again in the backward pass"
+    )
     sub.add_argument("--steps", type=int, default=3, help="a round, with --engine (3)")
-    sub.add_argument("--profile", type=Path, metavar="FILE", help="with --engine: write the time of each kernel of one step")
+    sub.add_argument(
+        "--profile", type=Path, metavar="FILE", help="with --engine: write the time of each kernel of one step"
+    )
 
 
 def _memory(sub: argparse.ArgumentParser) -> None:

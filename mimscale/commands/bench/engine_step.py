@@ -170,7 +170,9 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
         contenders["mimscale"].step()
         contenders["mimscale"].step()
         found["peak, GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-    found["planned, GB"] = rank_memory(recipe, config, ranks.world_size, config["train_micro_batch_size_per_gpu"]).total / 1e9
+    found["planned, GB"] = (
+        rank_memory(recipe, config, ranks.world_size, config["train_micro_batch_size_per_gpu"]).total / 1e9
+    )
     if not arguments.alone:
         contenders["timm"] = _timm(arguments, recipe, ranks, batch, compiled=False)
         contenders["timm, compiled"] = _timm(arguments, recipe, ranks, batch, compiled=True)
@@ -193,7 +195,11 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
         pairs = zip(contender.seconds, contenders["mimscale"].seconds, strict=True)
         ratio = statistics.median(theirs / mine for theirs, mine in pairs)
         share = flops / median / peak
-        found |= {f"{label}, images/s": arguments.batch / median, f"faster than {label}": ratio, f"{label}, of peak": share}
+        found |= {
+            f"{label}, images/s": arguments.batch / median,
+            f"faster than {label}": ratio,
+            f"{label}, of peak": share,
+        }
         if ranks.is_first:
             print(f"{label:20}{median * 1e3:11.1f}{arguments.batch / median:10.0f}{ratio:12.2f}x{share:9.1%}")
     if arguments.profile:

@@ -2,9 +2,10 @@
 
 For one window and head, with q, k, v (N, D): u = q / |q| * scale, w = k / |k|, P = softmax(u w' + bias + penalty), out = P v.
 
-- Normalising, bias, penalty and softmax happen on chip; queries, keys and values are read where the linear layer wrote them.
+- Lengths, bias, penalty and softmax happen on chip; queries, keys and values are read where the linear layer wrote them, and go
+  into the products as they are: their lengths are factors of the logits.
 - The penalty is worked out from a region number for each token, not read from a table.
-- Only the kernel's inputs are kept for the backward pass. It runs twice over the logits: by rows for the gradients of q, the
+- Only the kernel's inputs and the lengths are kept for the backward pass. It runs twice over the logits: by rows for the gradients of q, the
   bias and the scale, then by columns for those of k and v.
 - A program keeps its part of the bias in registers and goes through windows that share it. Gradients of the bias are summed in
   registers over these windows and written once for each program; nothing is added atomically, so equal inputs give equal bits.
@@ -33,16 +34,17 @@ SMALLEST_TILE = 16
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut: ``block`` rows (of keys, in the last) for each program, and its warps."""
+    """How a kernel is cut: ``block`` rows (of keys, in the last) for each program, its warps, and loads begun ahead."""
 
     block: int
     warps: int
+    stages: int = 3
 
 
 # By the columns that the two tiles hold together, up to so many: forward, backward by rows, backward by columns.
 LAUNCHES = {
     64: (Launch(32, 2), Launch(16, 2), Launch(32, 2)),
-    256: (Launch(32, 4), Launch(16, 4), Launch(32, 4)),
+    256: (Launch(64, 4), Launch(16, 2), Launch(64, 4)),
     512: (Launch(16, 8), Launch(16, 8), Launch(16, 8)),
 }
 FORWARD, BY_ROWS, BY_COLUMNS = range(3)
@@ -63,9 +65,27 @@ def _rows_of(base, stride, rows, columns, tokens: tl.constexpr, size: tl.constex
 
 
 @triton.jit
-def _inverse_length(x):
-    """1 / max(|x|, epsilon) of every row, (rows,) in fp32."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPSILON)
+def _lengths(
+    qkv, inverse, tokens_in_all, groups, heads, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """1 / max(|x|, epsilon) of every query and key: (2, groups, heads, N) in fp32."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.program_id(1)  # queries head after head, then keys
+    places = tl.arange(0, WIDTH)
+    inside = (token < tokens_in_all)[:, None] & (places < SIZE)[None, :]
+    x = tl.load(qkv + token[:, None] * (3 * heads * SIZE) + segment * SIZE + places[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    found = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPSILON)
+    group, row = token // TOKENS, token % TOKENS
+    place = ((segment // heads) * groups + group) * heads + segment % heads
+    tl.store(inverse + place * TOKENS + row, found, mask=token < tokens_in_all)
+
+
+@triton.jit
+def _vector(base, places, tokens: tl.constexpr):
+    """One number for each token, 0 outside."""
+    return tl.load(base + places, mask=places < tokens, other=0.0)
 
 
 @triton.jit
@@ -86,15 +106,20 @@ def _penalty(regions, rows, columns, tokens: tl.constexpr):
 
 
 @triton.jit
-def _unit_rows(base, stride, rows, columns, tokens: tl.constexpr, size: tl.constexpr, dtype: tl.constexpr):
-    """Rows of length 1, in ``dtype``."""
-    x = _rows_of(base, stride, rows, columns, tokens, size).to(tl.float32)
-    return (x * _inverse_length(x)[:, None]).to(dtype)
+def _logits(u, keys, inverse, stride, columns, rows, places, bias, regions, TOKENS: tl.constexpr, SIZE: tl.constexpr,
+            SHIFTED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Logits of rows u against a tile of columns, in units of log 2; with the keys and their inverse lengths."""
+    k = _rows_of(keys, stride, columns, places, TOKENS, SIZE)
+    length = _vector(inverse, columns, TOKENS)
+    s = tl.dot(u, tl.trans(k), input_precision=PRECISION) * length[None, :] + bias
+    if SHIFTED:
+        s += _penalty(regions, rows, columns, TOKENS)
+    return s, k, length
 
 
 @triton.jit
 def _forward(
-    qkv, scale, bias, regions, out, groups, heads, windows, chunks,
+    qkv, inverse, scale, bias, regions, out, groups, heads, windows, chunks,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,23 +135,24 @@ def _forward(
     if SECOND:
         second = FIRST + tl.arange(0, SECOND)
         bias_2 = _bias_of(bias, rows, second, TOKENS)
+    inside = (rows < TOKENS)[:, None] & (places < SIZE)[None, :]
     for group in range(chunk, groups, chunks):
         base = qkv + group * TOKENS * stride + head * SIZE
         keys = base + heads * SIZE
         values = keys + heads * SIZE
+        of_queries = inverse + (group * heads + head) * TOKENS
+        of_keys = of_queries + groups.to(tl.int64) * heads * TOKENS
+        here = regions + (group % windows) * TOKENS
         q = _rows_of(base, stride, rows, places, TOKENS, SIZE).to(tl.float32)
-        u = (q * (_inverse_length(q) * factor)[:, None]).to(dtype)
-        w_1 = _unit_rows(keys, stride, first, places, TOKENS, SIZE, dtype)
-        s_1 = tl.dot(u, tl.trans(w_1), input_precision=PRECISION) + bias_1
-        if SHIFTED:
-            here = regions + (group % windows) * TOKENS
-            s_1 += _penalty(here, rows, first, TOKENS)
+        u = (q * (_vector(of_queries, rows, TOKENS) * factor)[:, None]).to(dtype)
+        s_1, _, _ = _logits(
+            u, keys, of_keys, stride, first, rows, places, bias_1, here, TOKENS, SIZE, SHIFTED, PRECISION
+        )
         highest = tl.max(s_1, axis=1)
         if SECOND:
-            w_2 = _unit_rows(keys, stride, second, places, TOKENS, SIZE, dtype)
-            s_2 = tl.dot(u, tl.trans(w_2), input_precision=PRECISION) + bias_2
-            if SHIFTED:
-                s_2 += _penalty(here, rows, second, TOKENS)
+            s_2, _, _ = _logits(
+                u, keys, of_keys, stride, second, rows, places, bias_2, here, TOKENS, SIZE, SHIFTED, PRECISION
+            )
             highest = tl.maximum(highest, tl.max(s_2, axis=1))
         p_1 = tl.exp2(s_1 - highest[:, None])
         total = tl.sum(p_1, axis=1)
@@ -139,13 +165,13 @@ def _forward(
             mixed += tl.dot(p_2.to(dtype), v_2, input_precision=PRECISION)
         mixed = mixed / total[:, None]
         target = out + group * TOKENS * heads * SIZE + head * SIZE
-        inside = (rows < TOKENS)[:, None] & (places < SIZE)[None, :]
         tl.store(target + rows[:, None] * heads * SIZE + places[None, :], mixed.to(dtype), mask=inside)
 
 
 @triton.jit
 def _backward_rows(
-    qkv, scale, bias, regions, grad, grad_qkv, grad_bias, grad_scale, logsum, inner, groups, heads, windows, chunks,
+    qkv, inverse, scale, bias, regions, grad, grad_qkv, grad_bias, grad_scale, logsum, inner,
+    groups, heads, windows, chunks,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -171,24 +197,23 @@ def _backward_rows(
         offset = group * TOKENS * stride + head * SIZE
         keys = qkv + offset + heads * SIZE
         values = keys + heads * SIZE
+        kept = (group * heads + head) * TOKENS
+        of_keys = inverse + groups.to(tl.int64) * heads * TOKENS + kept
+        here = regions + (group % windows) * TOKENS
         q = _rows_of(qkv + offset, stride, rows, places, TOKENS, SIZE).to(tl.float32)
-        length = tl.sqrt(tl.sum(q * q, axis=1))
-        inverse = 1.0 / tl.maximum(length, EPSILON)
-        unit = q * inverse[:, None]
-        u = (q * (inverse * (plain * LOG2E))[:, None]).to(dtype)
+        length = _vector(inverse + kept, rows, TOKENS)
+        unit = q * length[:, None]
+        u = (unit * (plain * LOG2E)).to(dtype)
         incoming = grad + group * TOKENS * heads * SIZE + head * SIZE
         do = _rows_of(incoming, heads * SIZE, rows, places, TOKENS, SIZE).to(dtype)
-        w_1 = _unit_rows(keys, stride, first, places, TOKENS, SIZE, dtype)
-        s_1 = tl.dot(u, tl.trans(w_1), input_precision=PRECISION) + bias_1
-        if SHIFTED:
-            here = regions + (group % windows) * TOKENS
-            s_1 += _penalty(here, rows, first, TOKENS)
+        s_1, k_1, inv_1 = _logits(
+            u, keys, of_keys, stride, first, rows, places, bias_1, here, TOKENS, SIZE, SHIFTED, PRECISION
+        )
         highest = tl.max(s_1, axis=1)
         if SECOND:
-            w_2 = _unit_rows(keys, stride, second, places, TOKENS, SIZE, dtype)
-            s_2 = tl.dot(u, tl.trans(w_2), input_precision=PRECISION) + bias_2
-            if SHIFTED:
-                s_2 += _penalty(here, rows, second, TOKENS)
+            s_2, k_2, inv_2 = _logits(
+                u, keys, of_keys, stride, second, rows, places, bias_2, here, TOKENS, SIZE, SHIFTED, PRECISION
+            )
             highest = tl.maximum(highest, tl.max(s_2, axis=1))
         p_1 = tl.exp2(s_1 - highest[:, None])
         total = tl.sum(p_1, axis=1)
@@ -201,21 +226,22 @@ def _backward_rows(
             v_2 = _rows_of(values, stride, second, places, TOKENS, SIZE)
             dp_2 = tl.dot(do, tl.trans(v_2), input_precision=PRECISION)
             along += tl.sum(p_2 * dp_2, axis=1)
-        along = along / total
-        ds_1 = (p_1 / total[:, None]) * (dp_1 - along[:, None])
+        share = 1.0 / total
+        along = along * share
+        ds_1 = (p_1 * share[:, None]) * (dp_1 - along[:, None])
         sum_1 += ds_1
-        du = tl.dot(ds_1.to(dtype), w_1, input_precision=PRECISION)
+        du = tl.dot((ds_1 * inv_1[None, :]).to(dtype), k_1, input_precision=PRECISION)
         if SECOND:
-            ds_2 = (p_2 / total[:, None]) * (dp_2 - along[:, None])
+            ds_2 = (p_2 * share[:, None]) * (dp_2 - along[:, None])
             sum_2 += ds_2
-            du += tl.dot(ds_2.to(dtype), w_2, input_precision=PRECISION)
-        kept = group * heads * TOKENS + head * TOKENS + rows
-        tl.store(logsum + kept, highest + tl.log2(total), mask=rows < TOKENS)
-        tl.store(inner + kept, along, mask=rows < TOKENS)
+            du += tl.dot((ds_2 * inv_2[None, :]).to(dtype), k_2, input_precision=PRECISION)
+        tl.store(logsum + kept + rows, highest + tl.log2(total), mask=rows < TOKENS)
+        tl.store(inner + kept + rows, along, mask=rows < TOKENS)
         # u = scale * q / |q|: what lies along q is taken out, and is the scale's.
-        share = tl.sum(du * unit, axis=1)
-        scales += share
-        dq = (du - unit * tl.where(length > EPSILON, share, 0.0)[:, None]) * (inverse * plain)[:, None]
+        shared = tl.sum(du * unit, axis=1)
+        scales += shared
+        shared = tl.where(length < 1.0 / EPSILON, shared, 0.0)
+        dq = (du - unit * shared[:, None]) * (length * plain)[:, None]
         tl.store(grad_qkv + offset + rows[:, None] * stride + places[None, :], dq.to(dtype), mask=inside)
     part = chunk * heads + head
     tl.store(grad_scale + part * blocks + block, tl.sum(scales, axis=0))
@@ -227,27 +253,27 @@ def _backward_rows(
 
 @triton.jit
 def _column_part(
-    rows, columns, qkv, stride, incoming, out_stride, factor, bias_tile, here, logsum, inner, w, v, places,
+    rows, columns, queries, inverse, stride, incoming, out_stride, scale, bias_tile, here, logsum, inner, w, v, places,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """What one tile of rows adds to the gradients of a tile of keys and values."""
-    q = _rows_of(qkv, stride, rows, places, TOKENS, SIZE).to(tl.float32)
-    u = (q * (_inverse_length(q) * factor)[:, None]).to(dtype)
+    q = _rows_of(queries, stride, rows, places, TOKENS, SIZE)
+    factor = _vector(inverse, rows, TOKENS) * scale
     do = _rows_of(incoming, out_stride, rows, places, TOKENS, SIZE).to(dtype)
-    s = tl.dot(u, tl.trans(w), input_precision=PRECISION) + bias_tile
+    s = tl.dot(q, tl.trans(w), input_precision=PRECISION) * (factor * LOG2E)[:, None] + bias_tile
     if SHIFTED:
         s += _penalty(here, rows, columns, TOKENS)
     # Rows outside get the weight 2 ** -inf.
     p = tl.exp2(s - tl.load(logsum + rows, mask=rows < TOKENS, other=float("inf"))[:, None])
     dv = tl.dot(tl.trans(p.to(dtype)), do, input_precision=PRECISION)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - tl.load(inner + rows, mask=rows < TOKENS, other=0.0)[:, None])
-    return tl.dot(tl.trans(ds.to(dtype)), u, input_precision=PRECISION), dv
+    ds = p * (dp - _vector(inner, rows, TOKENS)[:, None]) * factor[:, None]
+    return tl.dot(tl.trans(ds.to(dtype)), q, input_precision=PRECISION), dv
 
 
 @triton.jit
 def _backward_columns(
-    qkv, scale, bias, regions, grad, grad_qkv, logsum, inner, groups, heads, windows, chunks,
+    qkv, inverse, scale, bias, regions, grad, grad_qkv, logsum, inner, groups, heads, windows, chunks,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +284,7 @@ def _backward_columns(
     stride = 3 * heads * SIZE
     places = tl.arange(0, WIDTH)
     first = tl.arange(0, FIRST)
-    factor = tl.load(scale + head).to(tl.float32) * LOG2E
+    plain = tl.load(scale + head).to(tl.float32)
     bias += head * TOKENS * TOKENS
     bias_1 = _bias_of(bias, first, columns, TOKENS)
     if SECOND:
@@ -270,31 +296,33 @@ def _backward_columns(
         queries = qkv + offset
         keys = queries + heads * SIZE
         incoming = grad + group * TOKENS * heads * SIZE + head * SIZE
-        kept = group * heads * TOKENS + head * TOKENS
+        kept = (group * heads + head) * TOKENS
         here = regions + (group % windows) * TOKENS
         k = _rows_of(keys, stride, columns, places, TOKENS, SIZE).to(tl.float32)
         v = _rows_of(keys + heads * SIZE, stride, columns, places, TOKENS, SIZE)
-        length = tl.sqrt(tl.sum(k * k, axis=1))
-        inverse = 1.0 / tl.maximum(length, EPSILON)
-        unit = k * inverse[:, None]
+        length = _vector(inverse + groups.to(tl.int64) * heads * TOKENS + kept, columns, TOKENS)
+        unit = k * length[:, None]
         w = unit.to(dtype)
         dw, dv = _column_part(
-            first, columns, queries, stride, incoming, heads * SIZE, factor, bias_1, here, logsum + kept, inner + kept,
-            w, v, places, TOKENS, SIZE, SHIFTED, PRECISION, dtype,
+            first, columns, queries, inverse + kept, stride, incoming, heads * SIZE, plain, bias_1, here,
+            logsum + kept, inner + kept, w, v, places, TOKENS, SIZE, SHIFTED, PRECISION, dtype,
         )  # fmt: skip
         if SECOND:
             more_dw, more_dv = _column_part(
-                second, columns, queries, stride, incoming, heads * SIZE, factor, bias_2, here, logsum + kept,
-                inner + kept, w, v, places, TOKENS, SIZE, SHIFTED, PRECISION, dtype,
+                second, columns, queries, inverse + kept, stride, incoming, heads * SIZE, plain, bias_2, here,
+                logsum + kept, inner + kept, w, v, places, TOKENS, SIZE, SHIFTED, PRECISION, dtype,
             )  # fmt: skip
             dw += more_dw
             dv += more_dv
-        dw = dw * LN2  # u holds the logits' factor of log2(e)
-        share = tl.where(length > EPSILON, tl.sum(dw * unit, axis=1), 0.0)
-        dk = (dw - unit * share[:, None]) * inverse[:, None]
+        shared = tl.where(length < 1.0 / EPSILON, tl.sum(dw * unit, axis=1), 0.0)
+        dk = (dw - unit * shared[:, None]) * length[:, None]
         target = grad_qkv + offset + heads * SIZE + columns[:, None] * stride + places[None, :]
         tl.store(target, dk.to(dtype), mask=inside)
         tl.store(target + heads * SIZE, dv.to(dtype), mask=inside)
+
+
+def _width(size: int) -> int:
+    return max(SMALLEST_TILE, triton.next_power_of_2(size))
 
 
 def _processors(device: torch.device) -> int:
@@ -337,17 +365,32 @@ class _Call(NamedTuple):
         return {
             "TOKENS": self.tokens,
             "SIZE": self.size,
-            "WIDTH": max(SMALLEST_TILE, triton.next_power_of_2(self.size)),
+            "WIDTH": _width(self.size),
             "BLOCK": self.launch.block,
             "FIRST": self.tiles[0],
             "SECOND": self.tiles[1],
             "SHIFTED": shifted,
             "PRECISION": "ieee" if precise else "tf32",
             "num_warps": self.launch.warps,
+            "num_stages": self.launch.stages,
         }
 
 
-def forward(qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions: torch.Tensor | None) -> torch.Tensor:
+def inverse_lengths(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """1 / length of every query and key of qkv (B * windows, N, 3 * C): (2, B * windows, heads, N), fp32."""
+    groups, tokens, width = qkv.shape
+    size = width // 3 // heads
+    inverse = qkv.new_empty(2, groups, heads, tokens, dtype=torch.float32)
+    block = 64
+    _lengths[triton.cdiv(groups * tokens, block), 2 * heads](
+        qkv, inverse, groups * tokens, groups, heads, TOKENS=tokens, SIZE=size, WIDTH=_width(size), BLOCK=block
+    )
+    return inverse
+
+
+def forward(
+    qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix values by cosine attention.
 
     Args:
@@ -357,18 +400,24 @@ def forward(qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions:
         regions: (windows, N) int32, tokens of unequal numbers do not attend to each other; None: all do.
 
     Returns:
-        (B * windows, N, C)
+        (B * windows, N, C), and what the backward pass wants beside the arguments, as of :func:`inverse_lengths`.
     """
     shifted = regions is not None
     call = _Call.of(FORWARD, qkv, len(scale), regions)
+    inverse = inverse_lengths(qkv, call.heads)
     out = qkv.new_empty(call.groups, call.tokens, call.heads * call.size)
     numbers = regions if shifted else qkv
-    _forward[call.grid](qkv, scale, bias, numbers, out, *call.sizes, **call.options(qkv.dtype, shifted))
-    return out
+    _forward[call.grid](qkv, inverse, scale, bias, numbers, out, *call.sizes, **call.options(qkv.dtype, shifted))
+    return out, inverse
 
 
 def backward(
-    grad: torch.Tensor, qkv: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, regions: torch.Tensor | None
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    regions: torch.Tensor | None,
+    inverse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``forward``'s qkv, scale and bias, in their shapes and types, from that of its result (contiguous)."""
     shifted = regions is not None
@@ -379,11 +428,12 @@ def backward(
     grad_bias = qkv.new_empty(call.chunks, call.heads, call.tokens, call.tokens, dtype=torch.float32)
     grad_scale = qkv.new_empty(call.chunks, call.heads, call.blocks, dtype=torch.float32)
     _backward_rows[call.grid](
-        qkv, scale, bias, numbers, grad, grad_qkv, grad_bias, grad_scale, logsum, inner, *call.sizes,
+        qkv, inverse, scale, bias, numbers, grad, grad_qkv, grad_bias, grad_scale, logsum, inner, *call.sizes,
         **call.options(qkv.dtype, shifted),
     )  # fmt: skip
     call = _Call.of(BY_COLUMNS, qkv, len(scale), regions)
     _backward_columns[call.grid](
-        qkv, scale, bias, numbers, grad, grad_qkv, logsum, inner, *call.sizes, **call.options(qkv.dtype, shifted)
-    )
+        qkv, inverse, scale, bias, numbers, grad, grad_qkv, logsum, inner, *call.sizes,
+        **call.options(qkv.dtype, shifted),
+    )  # fmt: skip
     return grad_qkv, grad_scale.sum((0, 2)).view_as(scale).to(scale.dtype), grad_bias.sum(0).to(bias.dtype)

@@ -1,0 +1,69 @@
+"""Where the tests of this folder run: on a GPU, or with MIMSCALE_GPU_REHEARSAL=1 on a CPU, as a rehearsal of the tests themselves.
+
+``pytest -m gpu tests/gpu`` writes what was measured to gpu_report.json and gpu_report.md, or beside MIMSCALE_GPU_REPORT.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+REHEARSAL = os.environ.get("MIMSCALE_GPU_REHEARSAL") == "1"
+FIGURES: dict[str, float | str] = {}
+STARTED = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="no CUDA GPU here; MIMSCALE_GPU_REHEARSAL=1 rehearses it on a CPU")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available() and not REHEARSAL:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def figure():
+    """Put a figure into the report."""
+
+    def put(name: str, value: float) -> None:
+        FIGURES[name] = value
+
+    return put
+
+
+def pytest_sessionfinish():
+    if not FIGURES:
+        return
+    import deepspeed
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (rehearsal)"
+    packages = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    if torch.cuda.is_available():
+        import triton
+
+        packages["triton"] = triton.__version__
+    seconds = round(time.monotonic() - STARTED)
+    report = {
+        "card": card,
+        "packages": packages,
+        "seconds": seconds,
+        "command": "pytest -m gpu tests/gpu",
+        "figures": FIGURES,
+    }
+    target = Path(os.environ.get("MIMSCALE_GPU_REPORT", "gpu_report.json"))
+    target.write_text(json.dumps(report, indent=1))
+    lines = [
+        f"{card}, {', '.join(f'{name} {version}' for name, version in packages.items())}; `{report['command']}`, {seconds} s",
+        "",
+    ]
+    lines += ["| what | figure |", "| --- | --- |", *(f"| {name} | {value:.4g} |" for name, value in FIGURES.items())]
+    target.with_suffix(".md").write_text("\n".join(lines) + "\n")
