@@ -1,4 +1,4 @@
-"""Files: written as a whole, so that a reader sees the old one or the new one; read with a bound, and only where they are files."""
+"""Files: written as a whole, so that a reader sees the old one or the new one; read with a bound, and only regular ones."""
 
 from __future__ import annotations
 

@@ -31,5 +31,5 @@ def printable(text: object, most: int = 300) -> str:
     return "".join(c if unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in whole)
 
 
-# Controls, formats (among them the marks of direction), surrogates, private and unassigned characters, line and paragraph separators.
+# Controls, formats (among them marks of direction), surrogates, private and unassigned characters, line separators.
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))

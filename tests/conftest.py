@@ -14,7 +14,7 @@ pytest_plugins = ["training_runs"]
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "shards"))
 # Where there is no GPU, Triton's interpreter runs the kernels; Triton reads this when it is imported.
-if not os.path.exists("/dev/nvidiactl"):
+if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

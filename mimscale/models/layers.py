@@ -146,14 +146,8 @@ class ResidualNorm(nn.LayerNorm):
         """
         whole = isinstance(factor, float) and factor == 1.0
         if (whole or isinstance(factor, torch.Tensor)) and self._fits_kernel(branch):
-            return kernels.residual_norm(
-                branch,
-                residual,
-                self.weight,
-                self.bias,
-                None if whole else factor,
-                self.eps,  # type: ignore[arg-type]
-            )
+            drawn = factor if isinstance(factor, torch.Tensor) else None
+            return kernels.residual_norm(branch, residual, self.weight, self.bias, drawn, self.eps)
         if isinstance(factor, torch.Tensor):
             return torch.addcmul(residual, super().forward(branch), factor)
         if factor == 1.0:

@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on a GPU, or with MIMSCALE_GPU_REHEARSAL=1 on a CPU, as a rehearsal of the tests themselves.
+"""Where the tests of this folder run: on a GPU, or with MIMSCALE_GPU_REHEARSAL=1 on a CPU, as a rehearsal of themselves.
 
 ``pytest -m gpu tests/gpu`` writes what was measured to gpu_report.json and gpu_report.md, or beside MIMSCALE_GPU_REPORT.
 """
@@ -31,17 +31,24 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def figure():
+def figure(record_property):
     """Put a figure into the report."""
 
     def put(name: str, value: float) -> None:
-        FIGURES[name] = value
+        record_property(f"figure: {name}", value)
 
     return put
 
 
+def pytest_runtest_logreport(report):
+    # Where tests run side by side, their properties are what comes back from those that ran them.
+    if report.when == "call":
+        found = {name: value for name, value in report.user_properties if name.startswith("figure: ")}
+        FIGURES.update({name.removeprefix("figure: "): value for name, value in found.items()})
+
+
 def pytest_sessionfinish():
-    if not FIGURES:
+    if not FIGURES or "PYTEST_XDIST_WORKER" in os.environ:
         return
     import deepspeed
 

@@ -97,7 +97,7 @@ def test_compiled_blocks_train_alike(here, batches, photo_shards, plain, figure)
 
 
 def test_compiled_blocks_at_stage_3_are_refused(here, batches, photo_shards):
-    with pytest.raises(DeepSpeedConfigError, match="train.compile"):
+    with pytest.raises(DeepSpeedConfigError, match=r"train\.compile"):
         trained(here, batches[:1], photo_shards, "train.compile=true", stage=3)
 
 

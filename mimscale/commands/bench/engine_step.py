@@ -1,4 +1,4 @@
-"""``mimscale bench step --engine``: steps as training makes them, through DeepSpeed, against timm's SwinV2 as its users train it."""
+"""``mimscale bench step --engine``: steps as training makes them, through DeepSpeed, against timm's SwinV2 as it is trained."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if ranks.is_first:
         print(
-            f"{arguments.model}, {arguments.image} px, batch {arguments.batch} on {ranks.world_size} x {name}, {arguments.dtype}, "
-            f"ZeRO stage {arguments.zero}, micro-batches of {config['train_micro_batch_size_per_gpu']}"
+            f"{arguments.model}, {arguments.image} px, batch {arguments.batch} on {ranks.world_size} x {name}, "
+            f"{arguments.dtype}, ZeRO stage {arguments.zero}, micro-batches of {config['train_micro_batch_size_per_gpu']}"
             f"{', compiled' if arguments.compile else ''}{', blocks recomputed' if arguments.recompute else ''}; "
             f"torch {torch.__version__}; peak {peak / 1e12:.1f} TFLOP/s"
         )

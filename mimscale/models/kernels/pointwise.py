@@ -1,4 +1,4 @@
-"""What stands between matrix products, each in one pass over memory: a norm with its residual sum, GELU and sums of columns backward.
+"""What stands between matrix products, each in one pass over memory: a norm and its residual sum, GELU, sums of columns.
 
 Sums over rows are made in registers by few programs, and their parts added by one call after it: equal inputs give equal bits.
 """
@@ -46,7 +46,7 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    grad, branch, weight, factor, mean, deviation, grad_branch, grad_weight, grad_bias, rows, length,
+    grad, branch, weight, factor, mean, deviation, grad_branch, sums, rows, length,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -72,9 +72,9 @@ def _norm_backward(
         along = tl.sum(g * unit, axis=1) / WIDTH
         dx = (g - level[:, None] - unit * along[:, None]) * inverse[:, None]
         tl.store(grad_branch + place, dx.to(grad_branch.dtype.element_ty), mask=inside)
-    part = tl.program_id(0) * WIDTH + column
-    tl.store(grad_weight + part, tl.sum(sum_weight, axis=0), mask=column < WIDTH)
-    tl.store(grad_bias + part, tl.sum(sum_bias, axis=0), mask=column < WIDTH)
+    part = tl.program_id(0) * 2 * WIDTH + column
+    tl.store(sums + part, tl.sum(sum_weight, axis=0), mask=column < WIDTH)
+    tl.store(sums + part + WIDTH, tl.sum(sum_bias, axis=0), mask=column < WIDTH)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -130,13 +130,14 @@ def residual_norm_backward(
     height, columns = _tile(width)
     programs = min(triton.cdiv(rows, height), PROGRAMS_PER_PROCESSOR * _processors(branch.device))
     grad_branch = torch.empty_like(branch)
-    grad_weight, grad_bias = (branch.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
+    sums = branch.new_empty(programs, 2, width, dtype=torch.float32)
     _norm_backward[(programs,)](
-        grad, branch, weight, weight if factor is None else factor, mean, deviation, grad_branch, grad_weight, grad_bias,
+        grad, branch, weight, weight if factor is None else factor, mean, deviation, grad_branch, sums,
         rows, length, WIDTH=width, COLUMNS=columns, ROWS=height, SCALED=factor is not None,
         num_warps=4 if columns < 4096 else 8,
     )  # fmt: skip
-    return grad_branch, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
+    grad_weight, grad_bias = sums.sum(0).to(weight.dtype).unbind(0)
+    return grad_branch, grad_weight, grad_bias
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def column_sums(grad: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_backward(grad: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of GELU's argument ``before`` from that of its result, (..., C) and contiguous, and its sum over rows (C,) in fp32."""
+    """Gradient of GELU's argument ``before`` from its result's, (..., C), contiguous; and its sum over rows, (C,) in fp32."""
     return _sum_columns(grad, before)
 
 

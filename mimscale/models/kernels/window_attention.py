@@ -2,13 +2,14 @@
 
 For one window and head, with q, k, v (N, D): u = q / |q| * scale, w = k / |k|, P = softmax(u w' + bias + penalty), out = P v.
 
-- Lengths, bias, penalty and softmax happen on chip; queries, keys and values are read where the linear layer wrote them, and go
-  into the products as they are: their lengths are factors of the logits.
+- Lengths, bias, penalty and softmax happen on chip; queries, keys and values are read where the linear layer wrote them, and
+  go into the products as they are: their lengths are factors of the logits.
 - The penalty is worked out from a region number for each token, not read from a table.
-- Only the kernel's inputs and the lengths are kept for the backward pass. It runs twice over the logits: by rows for the gradients of q, the
-  bias and the scale, then by columns for those of k and v.
-- A program keeps its part of the bias in registers and goes through windows that share it. Gradients of the bias are summed in
-  registers over these windows and written once for each program; nothing is added atomically, so equal inputs give equal bits.
+- Only the kernel's inputs and the lengths are kept for the backward pass. It runs twice over the logits: by rows for the
+  gradients of q, the bias and the scale, then by columns for those of k and v.
+- A program keeps its part of the bias in registers and goes through windows that share it. Gradients of the bias are summed
+  in registers over these windows and written once for each program; nothing is added atomically, so equal inputs give equal
+  bits.
 - The N columns are two tiles whose sizes are powers of two: 144 = 128 + 16, so little is computed for nothing.
 """
 
