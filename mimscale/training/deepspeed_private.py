@@ -7,7 +7,6 @@ The docstrings name the private thing and why no public one serves. ``tests/test
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import deepspeed
 import torch
@@ -34,31 +33,6 @@ def link_state(engine: deepspeed.DeepSpeedEngine, stage: int) -> None:
     """
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def norm_in_few_calls(engine: deepspeed.DeepSpeedEngine, stage: int) -> None:
-    """Have ZeRO-1 and 2 take the norm of all gradients together (``get_grad_norm_direct``), as torch does it on a GPU.
-
-    Theirs launches kernels for every parameter, while the GPU waits. The sum's order differs, so a CPU keeps theirs.
-    """
-    optimizer = engine.optimizer
-    if stage not in (1, 2) or engine.device.type != "cuda":
-        return
-    assert callable(optimizer.get_grad_norm_direct)
-
-    def norm(gradients: Iterable[torch.Tensor], params: Iterable[torch.Tensor], norm_type: float = 2) -> torch.Tensor:
-        kept = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        return whole_norm(kept, optimizer.dp_process_group, engine.device)
-
-    optimizer.get_grad_norm_direct = norm
-
-
-def whole_norm(gradients: list[torch.Tensor], group: Any, device: torch.device) -> torch.Tensor:
-    """2-norm of this rank's parts of gradients together with those of the other ranks in ``group``; -1 where it is not finite."""
-    own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
-    total = own.float().square()
-    deepspeed.comm.all_reduce(total, group=group)
-    return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
 def own_part(parameter: nn.Parameter) -> int:

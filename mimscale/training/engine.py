@@ -28,14 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from mimscale.models.weights.released import saved_buffers
-from mimscale.training.deepspeed_private import (
-    drop_second_partition,
-    inner_optimizer,
-    link_state,
-    masters,
-    norm_in_few_calls,
-    own_part,
-)
+from mimscale.training.deepspeed_private import drop_second_partition, inner_optimizer, link_state, masters, own_part
 from mimscale.training.ds_config import offloads_optimizer, zero_stage
 from mimscale.training.errors import CorruptedUpdateError, TrainingError
 from mimscale.training.launch.rendezvous import interface, rendezvous
@@ -179,7 +172,6 @@ class Engine:
             )
         self.module: nn.Module = self.engine.module
         self.names = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        norm_in_few_calls(self.engine, self.stage)
         self._prime_moments(restored_steps)
         if restore is not None:
             self._load_optimizer(restore)

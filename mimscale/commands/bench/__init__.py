@@ -48,7 +48,9 @@ def _step(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine")
     sub.add_argument("--alone", action="store_true", help="leave out the rivals")
     sub.add_argument(
-        "--engine", action="store_true", help="train through DeepSpeed, as a run does; the options below say how"
+        "--engine",
+        action="store_true",
+        help="train through DeepSpeed, as a run does, which a GPU always does; the options below say how",
     )
     sub.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="stage, with --engine (1)")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), help="with --engine; by default bf16 on a GPU, fp32 on a CPU")

@@ -210,10 +210,11 @@ def _report(
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``mimscale bench step``; returns the exit status."""
-    if arguments.engine:
+    on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
+    if arguments.engine or on_gpu:
         from mimscale.commands.bench.engine_step import bench_engine
 
-        arguments.dtype = arguments.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+        arguments.dtype = arguments.dtype or ("bf16" if on_gpu else "fp32")
         bench_engine(arguments)
     else:
         bench_step(arguments)

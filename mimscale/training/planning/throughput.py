@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from mimscale.training.recipe import Recipe
 
-# Dense peak TFLOP/s from the makers' data sheets, (bf16, fp32 without TF32); the first name found in the device's counts.
+# Dense peak TFLOP/s from the makers' data sheets, (bf16, fp32 without TF32), by words of the device's name; the first counts.
 GPU_PEAKS = {
     "B200": (2250, 75),
     "H200": (989, 67),
@@ -19,6 +20,7 @@ GPU_PEAKS = {
     "H100": (989, 67),
     "A100": (312, 19.5),
     "L40S": (362, 91.6),
+    "L40": (181, 90.5),
     "L4": (121, 30.3),
     "A40": (150, 37.4),
     "A10": (125, 31.2),
@@ -75,7 +77,7 @@ def device_peak(device: torch.device, bf16: bool) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (low, full) in GPU_PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{re.escape(known)}\b", name):
                 return (low if bf16 else full) * 1e12
     size = 4096 if device.type == "cuda" else 768
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
