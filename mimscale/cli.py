@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         from mimscale.completion import complete
 
         complete(COMMANDS, command)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be characters that a terminal has
     word, *words = sys.argv[1:] if argv is None else argv or [""]
     if word in COMMANDS:
         return command(word).main(words)
@@ -49,9 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if word else 2
     import difflib
 
-    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.6)
+    from mimscale.wording import printable
+
+    near = difflib.get_close_matches(word[:100], COMMANDS, n=1, cutoff=0.6)
     hint = f"; did you mean '{near[0]}'?" if near else "."
-    print(f"mimscale: error: there is no command '{word}'{hint} There are\n\n{listing}", file=sys.stderr)
+    print(
+        f"mimscale: error: there is no command '{printable(word, 200)}'{hint} There are\n\n{listing}", file=sys.stderr
+    )
     return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import threading
@@ -114,18 +115,48 @@ def read_text(path: Path | str, most: int = LARGEST) -> str:
         raise UnfitFile(f"{printable(os.fspath(path))} is not UTF-8 text (byte {problem.start})") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
     """Parse JSON from an untrusted place.
+
+    Args:
+        text: of it.
+        strict: as people write it: no key may come twice in an object, and every number is finite.
 
     Raises:
         ValueError: it is no JSON, or is nested too deeply; the message does not repeat the text.
     """
     try:
+        if strict:
+            return json.loads(
+                text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite, parse_int=_whole
+            )
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"duplicate key '{printable(again, 100)}'; keep one")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{printable(text, 40)} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 100:  # a million digits would take long to read
+        raise ValueError(f"{printable(text, 40)} is too large a number")
+    return int(text)
 
 
 def read_json(path: Path | str, most: int = LARGEST) -> Any:

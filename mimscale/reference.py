@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from mimscale.schema import (
+    MOST,
     NAME,
     NUMBER,
     PLACE,
@@ -124,7 +125,11 @@ def _takes(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is dict:
         return f"{{{NAME}: {_takes(arguments[1])}, ...}}"
     if origin is tuple and arguments[-1] is not ...:
-        return f"[{', '.join(_takes(argument) for argument in arguments)}]"
+        texts = [_takes(argument) for argument in arguments]
+        word, _, bounds = texts[0].partition(" ")
+        if bounds and len(texts) > 1 and len(set(texts)) == 1:
+            return f"[{', '.join(word for _ in texts)}], each {bounds}"
+        return f"[{', '.join(texts)}]"
     if origin in (tuple, list):
         return f"[{_takes(arguments[0])}, ...]"
     word = "path" if PLACE in metadata else _WORDS.get(annotation, "value")
@@ -135,10 +140,11 @@ _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false"}
 
 
 def _bounds(kind: Any, metadata: Iterable[Any]) -> Iterator[str]:
+    """The bounds of a number, without the one that all have."""
     for item in metadata:
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
             bound = getattr(item, name, None)
-            if isinstance(bound, int | float):
+            if isinstance(bound, int | float) and bound < MOST:
                 if kind is int and name in ("gt", "lt"):
                     sign, bound = ("≥", bound + 1) if name == "gt" else ("≤", bound - 1)
                 yield f"{sign} {bound}"
@@ -207,6 +213,10 @@ text or a path is taken as it is written (`data.shards=set #2`), `~` at the begi
 as YAML. \\* marks keys that may change when a run is resumed, † those that may differ between a run and its trunk
 (`train.branch_from`). "From" says where the default comes from: a section or table of "On Data Scaling in Masked Image Modeling",
 the code that its authors released, another work, or mimscale ("ours").
+
+No number but a learning rate is above 1,000,000,000, and no text longer than 4,096 characters. A file holds at most 256 KiB,
+20,000 values (what an alias stands for counts each time) and 40 levels, a study at most 5,000 jobs. `1:30` and dates are text,
+`010` is ten, and tags such as `!!binary` are refused.
 
 For completion and checks in an editor, map files to schemas; in VS Code's settings, with the YAML extension:
 

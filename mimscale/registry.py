@@ -23,6 +23,8 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
+from mimscale.wording import printable
+
 T = TypeVar("T", bound=type)
 
 PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -132,10 +134,10 @@ class Registry(Generic[T]):
 
     def unknown(self, name: object) -> RegistryError:
         """What to raise for a name that there is not."""
-        near = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(str(name)[:100], self.names(), n=1, cutoff=0.6)
         hint = f"; did you mean '{near[0]}'?" if near else "."
         return RegistryError(
-            f"unknown {self.kind} '{name}'{hint} There are {', '.join(self.names())}, "
+            f"unknown {self.kind} '{printable(name, 200)}'{hint} There are {', '.join(self.names())}, "
             "and those of packages listed under 'plugins'"
         )
 
@@ -203,11 +205,11 @@ def load_plugins(packages: object) -> None:
         RegistryError: not a list of names; one is not there, or cannot be imported; the message says why.
     """
     if not isinstance(packages, list | tuple):
-        raise RegistryError(f"plugins: must be a list of packages, as [my_package], not {packages!r}")
+        raise RegistryError(f"plugins: must be a list of packages, as [my_package], not {printable(repr(packages))}")
     for package in packages:
         if not isinstance(package, str) or not PACKAGE.fullmatch(package):
             raise RegistryError(
-                f"plugins: {package!r} is no name of a package, such as my_package or my_package.encoders"
+                f"plugins: {printable(repr(package))} is no name of a package, such as my_package or my_package.encoders"
             )
         if package in sys.modules:
             continue
@@ -219,6 +221,11 @@ def load_plugins(packages: object) -> None:
                     f"plugins: there is no package '{package}'; install it, or put the folder that holds it on PYTHONPATH"
                 ) from None
             raise RegistryError(f"plugins: {package} needs {error.name}, which is not installed") from error
+        except RegistryError:
+            raise
+        except Exception as error:  # whatever a package of somebody else's does when it is imported
+            kind, said = type(error).__name__, printable(error)
+            raise RegistryError(f"plugins: {package} cannot be imported: {kind}: {said}") from error
 
 
 _SWIN = ("swinv2_s", "swinv2_b", "swinv2_l", "swinv2_h", "swinv2_g")

@@ -9,25 +9,40 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from mimscale.files import UnfitFile, read_text
 from mimscale.resources import Kind
+from mimscale.wording import counted, printable
 
 # Suggestions are for typing errors; what differs more than this is another word.
 NEAR = 0.7
 LISTED = 20
 # Of what a user wrote, in a message.
 SHOWN = 200
+# Of a document: bytes of its file, values in it (each as often as it is referred to), how deep they lie, and the parts of a
+# key's path.
+LARGEST, VALUES, DEEPEST, PARTS = 2**18, 20_000, 40, 30
 # Parts of a path that the user chooses: the key of a mapping, the place in a list.
 NAME, NUMBER = "NAME", "N"
 COMMAND_LINE = "the command line"
@@ -43,6 +58,16 @@ class SchemaError(ValueError):
     """A file or an override that cannot be used; the message names the key and what to write instead."""
 
 
+@lru_cache(maxsize=1024)
+def _takes_truth(annotation: Any) -> bool:
+    """Whether true or false is among the values of a key, or anything is."""
+    if typing.get_origin(annotation) is Literal:
+        return any(isinstance(value, bool) for value in typing.get_args(annotation))
+    arguments = typing.get_args(annotation)
+    arguments = arguments[:1] if typing.get_origin(annotation) is Annotated else arguments
+    return annotation in (bool, Any) or any(_takes_truth(argument) for argument in arguments if argument is not ...)
+
+
 def _as_text(value: Any) -> Any:
     return value if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
@@ -51,12 +76,44 @@ def _expanded(text: str) -> str:
     return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111 - of no such user it is as it stands
 
 
-Positive = Annotated[int, Field(gt=0)]
+# What nobody's machine, data or patience reaches: where a key says no less, whole numbers are bounded by the first, and the
+# others by the second.
+MOST, GREATEST = 10**9, 1e9
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Amount = Annotated[float, Field(gt=0, le=GREATEST)]
+AmountOrZero = Annotated[float, Field(ge=0, le=GREATEST)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+# Side of images, pixels; channels of a map or a token; images of a batch; processes.
+Side = Annotated[int, Field(gt=0, le=4096)]
+Width = Annotated[int, Field(gt=0, le=16_384)]
+Batch = Annotated[int, Field(gt=0, le=2**24)]
+Processes = Annotated[int, Field(gt=0, le=1024)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+# What is subtracted from the channels of an image, which are 0 to 1, and what they are divided by.
+Mean = Annotated[float, Field(ge=-1000, le=1000)]
+Deviation = Annotated[float, Field(gt=0, le=1000)]
+Means = tuple[Mean, Mean, Mean]
+Deviations = tuple[Deviation, Deviation, Deviation]
+# Of a moving average.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 # A name that looks like a number, as 10 or 2024 in YAML.
 Word = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
 # A file or folder; ~ is the user's home.
 PLACE = AfterValidator(_expanded)
+
+
+def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise PydanticCustomError("order", "should have the smaller number first")
+    return pair
+
+
+# From the smaller to the greater.
+IN_ORDER = AfterValidator(_in_order)
+Span = Annotated[tuple[Amount, Amount], IN_ORDER]
+Shares = Annotated[tuple[Share, Share], IN_ORDER]
 Place = Annotated[Word, PLACE]
 
 
@@ -80,7 +137,24 @@ def key(
 class Section(BaseModel):
     """One block of a document: unknown keys are errors, values never change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True, str_max_length=4096
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        """YAML reads yes and on as true, which would else pass for 1."""
+        wrong: list[InitErrorDetails] = []
+        for name, value in values.items() if isinstance(values, dict) else ():
+            held = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
+            field: Any = fields_of(cls).get(name) if held else None
+            if field is not None and not _takes_truth(field.annotation):
+                kind = PydanticCustomError("truth", "should not be {shown}", {"shown": "true" if held[0] else "false"})
+                wrong.append({"type": kind, "loc": (name,), "input": value})
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return values
 
 
 class Document(Section):
@@ -150,7 +224,10 @@ class ChosenBy:
         Raises:
             ValueError: they choose one that there is not.
         """
-        return self.section(values.get(self.key, self.default) or "")
+        name = values.get(self.key, self.default) or ""
+        if not isinstance(name, str):
+            raise ValueError(f"'{self.key}' must be one of {', '.join(self.names())}")
+        return self.section(name)
 
     def sections(self) -> dict[str, type[Section]]:
         """Every section that can be had, by the value that chooses it: a plug-in that cannot be used keeps no others away."""
@@ -363,7 +440,8 @@ def kinds_at(schema: type[BaseModel], path: str) -> list[Any]:
 
 
 def _spots(schema: type[BaseModel], path: str) -> list[Spot]:
-    return list(_walk(Spot(schema, None), path.split("."))) if len(path) <= 5 * SHOWN else []
+    short = len(path) <= 5 * SHOWN and path.count(".") < PARTS
+    return list(_walk(Spot(schema, None), path.split("."))) if short else []
 
 
 def _walk(spot: Spot, parts: list[str]) -> Iterator[Spot]:
@@ -449,6 +527,7 @@ def unknown_key(path: str, where: str, schema: type[Document]) -> str:
         return f"the key '{path}' in {where} has been renamed: write '{renamed}'"
     nearest_of = ((nearest_key(path, schema), schema) for schema in schemas)
     near, schema = next(((near, schema) for near, schema in nearest_of if near), (None, schemas[0]))
+    path = printable(path, SHOWN)
     hint = f"did you mean '{near}'? {keys_command(schema, near)} lists" if near else f"{keys_command(schema)} lists"
     return f"unknown key '{shortened(path)}' in {where}; {hint} the keys"
 
@@ -456,7 +535,7 @@ def unknown_key(path: str, where: str, schema: type[Document]) -> str:
 def _own_key(schema: type[Document], path: str) -> tuple[Sequence[type[Document]], str, str]:
     """Whose key a path is, another document's in a mapping of its keys: the documents, where that lies, and the key there."""
     parts = path.split(".")
-    for length in range(1, min(len(parts), SHOWN)):
+    for length in range(1, min(len(parts), PARTS)):
         inside = ".".join(parts[:length])
         for spot in _spots(schema, inside):
             if spot.field is not None and (keys := keys_of(spot.field)) is not None:
@@ -475,7 +554,13 @@ def keys_command(schema: type[Document], path: str = "") -> str:
 
 def shortened(text: str) -> str:
     """At most ``SHOWN`` characters of what a user wrote, for a message."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return printable(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of names in a message, and how many more there are."""
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join([*(printable(name, 100) for name in names[:LISTED]), *more])
 
 
 def free_keys(document: BaseModel, branch: bool = False, prefix: str = "") -> frozenset[str]:
@@ -499,28 +584,102 @@ def free_keys(document: BaseModel, branch: bool = False, prefix: str = "") -> fr
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+STRING, MERGE, NULL, INTEGER, REAL, TRUTH, LIST, MAPPING = (
+    f"tag:yaml.org,2002:{tag}" for tag in ("str", "merge", "null", "int", "float", "bool", "seq", "map")
+)
+PLAIN = (STRING, NULL, INTEGER, REAL, TRUTH, LIST, MAPPING)
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe one (no objects), but two equal keys are an error, and what looks like a date is text."""
+    """PyYAML's safe one, with bounds, and plain values only: numbers are in tens or 0x, and what looks like a date is text."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._values, self._depth = 0, 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """PyYAML's, counting."""
+        self._values += 1
+        self._depth += 1
+        if self._values > VALUES:
+            raise yaml.YAMLError(f"it holds more than {counted(VALUES, 'value')}")
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
-        if isinstance(key_node, yaml.ScalarNode):
-            if key_node.value in seen and key_node.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key '{key_node.value}'", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
+        if key_node.value in seen and key_node.value != "<<":
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key '{shortened(key_node.value)}'", key_node.start_mark
+            )
+        seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: _Loader, node: Any) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""), 0)
+
+
+def _real(loader: _Loader, node: Any) -> float:
+    return float(
+        str(loader.construct_scalar(node)).replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")
+    )
+
+
+# Without those of binary text, sets, dates and ordered mappings, which no key takes.
+_Loader.yaml_constructors = {
+    tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if tag in PLAIN or tag is None
+}
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(INTEGER, _integer)
+_Loader.add_constructor(REAL, _real)
+# Without dates, sixties (1:30) and eights (010), which other readers of YAML take for something else.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (NULL, TRUTH, MERGE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-STRING, MERGE, NULL = (f"tag:yaml.org,2002:{tag}" for tag in ("str", "merge", "null"))
+_Loader.add_implicit_resolver(
+    INTEGER, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)\Z"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    REAL,
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))\Z"
+        r"|\.(?:nan|NaN|NAN)\Z"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _weigh(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node holds and how deep they lie, where each is counted as often as it is referred to."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise yaml.YAMLError("a value holds itself")
+        return found
+    if node.tag not in (*PLAIN, MERGE):
+        raise yaml.YAMLError(f"the tag {node.tag} is for values that no key takes, in line {node.start_mark.line + 1}")
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 1
+    known[id(node)] = None
+    inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    size, depth = 1, 0
+    for part in inner:
+        more, deeper = _weigh(part, known)
+        size, depth = size + more, max(depth, deeper)
+        if size > VALUES:
+            raise yaml.YAMLError(f"it holds more than {counted(VALUES, 'value')}, with what it refers to")
+    if depth >= DEEPEST:
+        raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep, with what it refers to")
+    known[id(node)] = size, depth + 1
+    return size, depth + 1
 
 
 def parse_yaml(
@@ -542,15 +701,19 @@ def parse_yaml(
         node = loader.get_single_node()
         if node is None:
             return None
-        _keep_text(node, schema, "", set())
+        _weigh(node, {})
+        _keep_text(node, schema, "", set(), {})
         return loader.construct_document(node)
-    # A number may have too many digits; the others are of explicit tags, such as !!bool of a word.
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as problem:
-        raise error(f"{where} is not valid YAML: {shortened(' '.join(str(problem).split()))}") from None
+    # A number may have too many digits, an escape too large a number; the others are of explicit tags, such as !!bool of a word.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, LookupError, AttributeError) as problem:
+        said = " ".join(str(problem)[: 10 * SHOWN].split())
+        raise error(f"{printable(where)} is not valid YAML: {shortened(said)}") from None
 
 
-def _keep_text(node: yaml.Node, schema: type[BaseModel] | None, path: str, seen: set[int]) -> None:
-    """Have keys, and the plain values of text keys, read as they are written."""
+def _keep_text(
+    node: yaml.Node, schema: type[BaseModel] | None, path: str, seen: set[int], known: dict[str, bool]
+) -> None:
+    """Have keys, and the plain values of text keys, read as they are written; ``known`` says of a path whether it is one's."""
     if id(node) in seen and not isinstance(node, yaml.ScalarNode):  # an alias
         return
     seen.add(id(node))
@@ -559,13 +722,15 @@ def _keep_text(node: yaml.Node, schema: type[BaseModel] | None, path: str, seen:
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.tag != MERGE:
                     key_node.tag = STRING
-                _keep_text(value, schema, f"{path}.{key_node.value}" if path else key_node.value, seen)
+                _keep_text(value, schema, f"{path}.{key_node.value}" if path else key_node.value, seen, known)
     elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            _keep_text(value, schema, f"{path}.{number}", seen)
+        for value in node.value:
+            _keep_text(value, schema, f"{path}.{NUMBER}", seen, known)
     elif isinstance(node, yaml.ScalarNode) and schema and path and node.style is None and node.tag != NULL:
-        fields = find(schema, path)
-        if fields is not None and all(_takes_text(field.annotation) for field in fields):
+        if path not in known:
+            fields = find(schema, path)
+            known[path] = fields is not None and all(_takes_text(field.annotation) for field in fields)
+        if known[path]:
             node.tag = STRING
 
 
@@ -582,14 +747,19 @@ def read_yaml(
         SchemaError: (or ``error``) the file is not there, is no YAML, or holds something else than a mapping.
     """
     try:
-        text = (files.find(path) if files else Path(path)).read_text(encoding="utf-8")
+        text = read_text(files.find(path) if files else path, LARGEST)
     except FileNotFoundError:
-        raise error(files.missing(path) if files else f"there is no {noun} {path}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"cannot read the {noun} {path}: {problem}") from None
+        raise error(files.missing(path) if files else f"there is no {noun} {printable(path)}") from None
+    except UnfitFile as problem:
+        raise error(f"cannot read the {noun} {printable(path)}: {problem}") from None
+    except OSError as problem:
+        raise error(f"cannot read the {noun} {printable(path)}: {problem.strerror}") from None
+    except ValueError:  # a NUL in its name
+        raise error(f"there is no {noun} {printable(path)}: a file cannot have such a name") from None
     values = parse_yaml(text, str(path), schema, error)
     if not isinstance(values, dict):
-        raise error(f"{path} must hold sections such as 'model:' and 'train:', not {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise error(f"{printable(path)} must hold sections such as 'model:' and 'train:', not {found}")
     return values
 
 
@@ -634,8 +804,8 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Document]
             raise schema.error(
                 f"'{taken}' is no section that {path} could be set in; the file has something else there"
             )
-    if isinstance(inner, list) and leaf.isdecimal() and int(leaf) < len(inner):
-        inner[int(leaf)] = value
+    if isinstance(inner, list) and (place := _place_in(inner, leaf)) is not None:
+        inner[place] = value
     elif isinstance(inner, dict):
         inner[leaf] = value
     else:
@@ -645,12 +815,17 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Document]
 def _entered(values: Any, step: str) -> dict | list | None:
     """A section or list inside of another, made where it is not there; ``None`` where something else is."""
     if isinstance(values, list):
-        inner = values[int(step)] if step.isdecimal() and int(step) < len(values) else None
+        inner = None if (place := _place_in(values, step)) is None else values[place]
     else:
         if values.get(step) is None:
             values[step] = {}
         inner = values[step]
     return inner if isinstance(inner, dict | list) else None
+
+
+def _place_in(values: list, step: str) -> int | None:
+    place = int(step) if step.isdecimal() and len(step) < 10 else len(values)
+    return place if place < len(values) else None
 
 
 def _value(path: str, text: str, fields: Sequence[FieldInfo], schema: type[Document]) -> Any:
@@ -690,7 +865,7 @@ def check_kind(values: dict[str, Any], where: str, schema: type[Document]) -> No
     if len(found[likely]) > len(found[schema.noun]):
         mark = next(mark for mark in found[likely] if mark not in found[schema.noun])
         raise schema.error(
-            f"{where} is a {likely} (it has '{mark}'), for mimscale {KINDS[likely][1]}; a {schema.noun} is wanted here"
+            f"{printable(where)} is a {likely} (it has '{mark}'), for mimscale {KINDS[likely][1]}; a {schema.noun} is wanted here"
         )
 
 
@@ -717,6 +892,7 @@ def resolve(
         SchemaError: (the schema's ``error``) an unknown or misplaced key, a value of the wrong kind, or a document of another
             kind; all problems are listed.
     """
+    _check_extent(values, where, schema)
     check_kind(values, where, schema)
     schema.prepare(values)
     try:
@@ -724,14 +900,35 @@ def resolve(
     except ValidationError as error:
         # What is wrong with one value is one problem, however many kinds of value it might have been.
         by_key: dict[str, list[Any]] = {}
-        for item in error.errors():
+        others: set[tuple] = set()
+        for item in error.errors(include_url=False):
+            # To look for the keys of very many would take long.
+            if len(by_key) > LISTED:
+                others.add(item["loc"])
+                continue
             by_key.setdefault(_path(item, schema) or item["msg"], []).append(item)
         problems = [
-            _problem(path, items, given if path in overridden else where, schema)
+            printable(_problem(path, items, given if path in overridden else where, schema), 8 * SHOWN)
             for path, items in list(by_key.items())[:LISTED]
         ]
-    more = [f"and {len(by_key) - LISTED} problems more"] if len(by_key) > LISTED else []
-    raise schema.error("\n".join(problems + more))
+    left = len(by_key) - LISTED + len(others)
+    raise schema.error("\n".join([*problems, *([f"and {left} problems more"] if left > 0 else [])]))
+
+
+def _check_extent(values: Any, where: str, schema: type[Document]) -> None:
+    """Raise where values, which need not come from YAML, are too many or lie too deep."""
+    count, depth, level = 0, 0, [values]
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > 2 * VALUES or depth > 2 * DEEPEST:
+            raise schema.error(f"{printable(where)} holds too many values, or they are nested too deep")
+        level = [
+            inner
+            for value in level
+            for inner in (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            )
+        ]
 
 
 def _path(item: Any, schema: type[Document]) -> str:
@@ -801,7 +998,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[AnyDocument]) 
         SchemaError: (the schema's ``error``) see :func:`read_yaml`, :func:`apply_override` and :func:`resolve`.
     """
     values = read_yaml(path, schema.noun, schema.error, schema, schema.files)
-    return settle(values, str(path), overrides, schema)
+    return settle(values, printable(path), overrides, schema)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

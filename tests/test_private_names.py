@@ -3,6 +3,9 @@
 import contextlib
 import inspect
 import multiprocessing
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -48,6 +51,18 @@ def test_a_condition_is_asserted():
         torch_private.assert_async(torch.tensor(True), "holds")
     with pytest.raises(RuntimeError, match="does not hold"):
         torch_private.assert_async(torch.tensor(False), "does not hold")
+
+
+def test_more_graphs_than_allowed_are_an_error():
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    with using("torch", torch_private.allow_graphs), config.patch(recompile_limit=1, fail_on_recompile_limit_hit=False):
+        torch_private.allow_graphs(2)
+        twice = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+        assert [twice(torch.ones(n)).sum().item() for n in (2, 3)] == [4, 6]
+        with pytest.raises(FailOnRecompileLimitHit):
+            twice(torch.ones(5))
 
 
 def test_the_gradient_of_a_softmax_is_autograds():
@@ -130,3 +145,13 @@ def test_deepspeed_shows_what_it_keeps(alone, stage):
     engine.destroy()
     with using("deepspeed", deepspeed_private.drop_second_partition):
         deepspeed_private.drop_second_partition()
+
+
+def test_ranks_on_a_cpu_start_without_a_compiler(tmp_path):
+    command = "from mimscale.training.engine import start_ranks; print(start_ranks().world_size)"
+    place = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": "false", "PATH": os.defpath}
+    meeting = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")  # of tests before, in this process
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(meeting)}
+    done = subprocess.run([sys.executable, "-c", command], env={**kept, **place}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert not (tmp_path / "extensions").exists()

@@ -102,10 +102,13 @@ def test_a_schema_takes_names_that_look_like_numbers_and_needs_what_is_needed():
         (["train"], ["train.on_spike  stop | skip | rollback", "may change when a run is resumed"]),
         (["detector"], ["detector.anchors", "with task=detection"]),
         (["data"], ["data.cache_gib  number > 0 | null", "others: --kind finetune | classification"]),
-        (["--kind", "detection", "data"], ["data.test_size  [integer ≥ 1, integer ≥ 1]", "default [800, 1333]"]),
+        (
+            ["--kind", "detection", "data"],
+            ["data.test_size  [integer, integer], each ≥ 1, ≤ 4096", "default [800, 1333]"],
+        ),
         (["--kind", "study", "models"], ["models.NAME.overrides  {KEY: value, ...}", "models.NAME.resources.time"]),
         (["--kind", "finetune", "task"], ["task  classification | detection | segmentation", "required"]),
-        ([], ["fidelity  paper | released", "optimizer.betas  [number, number]"]),
+        ([], ["fidelity  paper | released", "optimizer.betas  [number, number], each ≥ 0, < 1"]),
     ],
 )
 def test_keys_are_printed(capsys, arguments, says):

@@ -1,9 +1,12 @@
 """Recipes and studies as files and ``key=value``: what is read, what is taken literally, and how mistakes are named."""
 
-from pathlib import os
+import os
+import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from training_runs import RECIPE, ROOT
@@ -174,7 +177,7 @@ def test_the_value_of_a_text_key_is_taken_as_it_is_written(tmp_path, text):
 def test_any_text_survives_being_written_and_read(tmp_path, text):
     recipe = load_recipe(RECIPE, [f"data.shards={text}"])
     # Of no such user, as in ~0, a text is as it stands.
-    assert recipe.data.shards == (None if text == "null" else os.path.expanduser(text))
+    assert recipe.data.shards == (None if text == "null" else os.path.expanduser(text))  # noqa: PTH111
     copy = tmp_path / "recipe.yaml"
     copy.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(copy) == recipe
@@ -309,6 +312,101 @@ def test_the_status_of_a_run_whose_recipe_cannot_be_read_names_the_file(tmp_path
     (tmp_path / "recipe.yaml").write_text("train: [\n")
     assert status([str(tmp_path)]) == 1
     assert f"mimscale: error: {tmp_path}/recipe.yaml is not valid YAML" in capsys.readouterr().err
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join(f'*a{i - 1}' for _ in range(10))}]\n" for i in range(1, 9)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join(f'*a{i - 1}' for _ in range(9))}]}}\n" for i in range(1, 9)
+)
+MODEL = "model: {name: swinv2_s}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LAUGHS, "it holds more than 20,000 values, with what it refers to"),
+        (MERGES, "it holds more than 20,000 values, with what it refers to"),
+        ("a: [" + "1," * 30_000 + "]", "it holds more than 20,000 values"),
+        ("a: " + "[" * 60, "it is nested more than 40 deep"),
+        ("".join("  " * depth + "a:\n" for depth in range(60)), "it is nested more than 40 deep"),
+        ("- " * 1000, "it is nested more than 40 deep"),
+        ("model: &a {name: *a}", "a value holds itself"),
+        ("? [1]\n: 2", "a key is not text"),
+        ("a: 1\na: 2", "duplicate key 'a'"),
+        ("model: !!set {a, b}", "tag:yaml.org,2002:set is for values that no key takes"),
+        ("model: {name: !!binary c3dp}", "tag:yaml.org,2002:binary is for values that no key takes"),
+        ('a: "\\UFFFFFFFF"', "is not valid YAML"),
+        ("a: \0", "special characters are not allowed"),
+        ("a: " + "b" * 300_000, "holds more than 262,144 bytes"),
+        ("", "must hold sections such as 'model:' and 'train:', not nothing"),
+        (MODEL + "train: {iterations: 1:30}", "train.iterations in x.yaml: Input should be a valid integer"),
+        (MODEL + "train: {iterations: yes}", "train.iterations in x.yaml: should not be true"),
+        (MODEL + "train: {pinned_steps: [on]}", "should not be true"),
+        (MODEL + "train: {global_batch: 100000000000}", "less than or equal to 16777216, not 100000000000"),
+        (MODEL + "optimizer: {lr: 1e400}", "optimizer.lr in x.yaml: Input should be a finite number"),
+        (MODEL + "optimizer: {lr: .nan}", "optimizer.lr in x.yaml"),
+        (MODEL + "data: {crop_scale: [0.9, 0.5]}", "should have the smaller number first"),
+        (MODEL + "data: {std: [0, 1, 1]}", "data.std.0 in x.yaml: Input should be greater than 0"),
+        (MODEL.replace("s}", 's\\e"}').replace("swin", '"swin'), "unknown encoder 'swinv2_s\\x1b'"),
+        ('model: {name: "a\\nmimscale: error: b"}', "unknown encoder 'a\\nmimscale: error: b'"),
+    ],
+)
+def test_what_has_no_end_or_is_no_recipe_is_refused_at_once(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(text)
+    began = time.process_time()
+    said = told(RecipeError, "x.yaml")
+    assert says in said and len(said) < 3000
+    assert time.process_time() - began < 3
+
+
+def test_ten_is_not_eight_and_a_byte_order_mark_is_no_key(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("\ufeffmodel: {name: swinv2_s}\ntrain: {iterations: 010, seed: 0x10}\n", encoding="utf-8")
+    assert (load_recipe(path).train.iterations, load_recipe(path).train.seed) == (10, 16)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe.yaml", "loop.yaml", "zero.yaml", ""):
+        assert "cannot read the pre-training recipe" in told(RecipeError, tmp_path / name)
+    for name in ("a" * 5000, "\0", "\udcff", "\x1b[31m"):
+        assert "\x1b" not in told(RecipeError, name) and "\0" not in told(RecipeError, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"seeds": list(range(1000)), "lengths": list(range(1, 1000))},
+            "makes 3,996,000 pre-trainings, more than 5,000",
+        ),
+        ({"seeds": list(range(1001))}, "at most 1000 items"),
+        ({"models": [f"m{number}" for number in range(1000)]}, "and 980 problems more"),
+    ],
+)
+def test_a_study_without_end_is_refused_before_it_is_made(tmp_path, changes, says):
+    values = yaml.safe_load(SMOKE.read_text())
+    values["pretrain"][0] |= changes
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    said = told(StudyError, path)
+    assert says in said and len(said) < 5000
+
+
+def test_a_long_chain_of_tasks_is_ordered_and_a_circle_in_it_is_found(tmp_path):
+    values = yaml.safe_load(SMOKE.read_text())
+    values["finetune"] = {f"t{n}": {"recipe": "x.yaml", "after": f"t{(n + 1) % 900}"} for n in range(900)}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert "which is a circle" in told(StudyError, path)
+    values["finetune"]["t899"].pop("after")
+    path.write_text(yaml.safe_dump(values))
+    assert len(load_study(path).finetune) == 900
 
 
 # -- studies -----------------------------------------------------------------------------------------------------------

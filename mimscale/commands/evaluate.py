@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands.numbers import whole
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -13,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", metavar="RUN|FILE", help="fine-tuning run (RUN@STEP for an earlier one), or weights")
     made.add_argument("--shards", help="another shard folder to evaluate on")
     made.add_argument("--recipe", type=Path, help="for a FILE: a fine-tuning recipe that describes its model")
-    made.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
+    made.add_argument("--batch", type=whole(1, 65_536), default=32, help="images at a time (default: 32)")
     made.add_argument("--output", type=Path, help="folder for result.json and pictures (default: RUN/evaluation)")
     made.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="such as data.validation=100")
     return made

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands.numbers import whole
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -14,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--to", required=True, metavar="FORMAT", help="safetensors (mimscale's own), timm, huggingface, or released"
     )
-    made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    made.add_argument("--step", type=whole(0), help="which checkpoint (default: the newest)")
     made.add_argument("--output", type=Path, help="file, or folder for huggingface (default: in RUN/export)")
     return made
 

@@ -7,10 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from mimscale.files import write_text
 from mimscale.reference import Reference, as_markdown, as_text, json_schema, json_text
 from mimscale.study.spec import Study
 from mimscale.training.recipe import Recipe
 from mimscale.transfer.recipe import RECIPES
+from mimscale.wording import printable
 
 # The kinds of file that there are, and for which there are JSON schemas.
 FILES = (
@@ -54,11 +56,13 @@ def main(argv: list[str]) -> int:
     asked = parser().parse_args(argv)
     known = references()
     if asked.write:
-        for name, text in documents().items():
-            path = asked.write / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(path)
+        try:
+            for name, text in documents().items():
+                write_text(asked.write / name, text)
+                print(asked.write / name)
+        except OSError as error:
+            print(f"mimscale: error: cannot write into {printable(asked.write)}: {error.strerror}", file=sys.stderr)
+            return 1
         return 0
     if asked.json_schema:
         print(json_text(json_schema(known[asked.kind or "pretrain"])))
@@ -83,6 +87,7 @@ def main(argv: list[str]) -> int:
 
 
 def _unknown(word: str, looked: list[Reference]) -> str:
+    word = printable(word, 200)
     near = next((near for reference in looked if (near := reference.nearest(word))), None)
     if near:
         return f"there is no section or key '{word}'; did you mean '{near}'?"

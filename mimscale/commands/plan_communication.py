@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from mimscale.commands.numbers import real, whole
 from mimscale.models import encoder_names
 from mimscale.training.planning.throughput import GPU_PEAKS
 
@@ -17,14 +18,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="mimscale plan-communication", description=__doc__, allow_abbrev=False)
     made.add_argument("--model", nargs="+", choices=encoder_names(), default=["swinv2_b"])
-    made.add_argument("--gpus", nargs="+", type=int, default=list(GPUS))
+    made.add_argument("--gpus", nargs="+", type=whole(1, 2**20), default=list(GPUS))
     made.add_argument("--gpu", default="H100", choices=sorted(GPU_PEAKS))
-    made.add_argument("--gpu-memory", type=float, default=80, metavar="GB")
-    made.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that computing reaches (0.4)")
-    made.add_argument("--network", choices=NETWORKS, default="8x400", help="adapters of a node, Gbit/s each")
-    made.add_argument("--batch", type=int, default=2048, help="global")
+    made.add_argument("--gpu-memory", type=real(most=1e6), default=80, metavar="GB")
     made.add_argument(
-        "--micro-batches", type=int, metavar="N", help="that make up a GPU's share; by default few, as fit"
+        "--mfu", type=real(most=1), default=0.4, help="share of the GPU's peak that computing reaches (0.4)"
+    )
+    made.add_argument("--network", choices=NETWORKS, default="8x400", help="adapters of a node, Gbit/s each")
+    made.add_argument("--batch", type=whole(1, 2**24), default=2048, help="global")
+    made.add_argument(
+        "--micro-batches", type=whole(1, 2**24), metavar="N", help="that make up a GPU's share; by default few, as fit"
     )
     return made
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
             scale = tuple(asked.gpus), asked.batch, peak, asked.mfu, asked.gpu_memory * GB, asked.micro_batches
             found = rows(model, network, *scale)
         except (RecipeError, DeepSpeedConfigError) as error:
-            print(f"mimscale: error: {error}", file=sys.stderr)
+            print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
             return 1
         print(
             f"{model}, batch {asked.batch}, {asked.gpu} at {asked.mfu:.0%} MFU, nodes joined by {asked.network} Gbit/s:"

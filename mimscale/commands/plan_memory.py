@@ -6,16 +6,19 @@ import argparse
 import json
 from pathlib import Path
 
+from mimscale.commands.numbers import real, whole
 from mimscale.files import write_text
 from mimscale.models import encoder_names
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from mimscale.training.planning.throughput import GPU_PEAKS
 from mimscale.training.planning.zero import GB, GPU_SHARE, WAYS, Load, Way, measured_mfu, plan_way
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, paper_recipe
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 LENGTHS = (125_000, 250_000, 500_000)
 DEFAULT_MFU = 0.4
+# More than there are on Earth, nearly.
+GPUS = 2**20
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -88,15 +91,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recipe", help="a recipe (file or name) instead of --model")
     made.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; by default the first that fits")
     made.add_argument("--offload", nargs="*", choices=("optimizer", "param"), default=[], help="to host memory")
-    made.add_argument("--gpus", type=int, default=8)
-    made.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU")
+    made.add_argument("--gpus", type=whole(1, GPUS), default=8)
+    made.add_argument("--gpu-memory", type=real(most=1e6), default=80, metavar="GB", help="memory of one GPU")
     made.add_argument("--gpu", default="H100", choices=sorted(GPU_PEAKS), help="whose peak the MFU is a share of")
-    made.add_argument("--micro-batch", type=int, help="images a GPU at a time; by default the most that fit")
+    made.add_argument(
+        "--micro-batch", type=whole(1, 2**24), help="images a GPU at a time; by default the most that fit"
+    )
     made.add_argument("--checkpointing", choices=("on", "off", "recipe"), default="recipe")
-    made.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the GPU's peak that is reached")
+    made.add_argument("--mfu", type=real(most=1), default=DEFAULT_MFU, help="share of the GPU's peak that is reached")
     made.add_argument("--measured", type=Path, metavar="RUN", help="take the MFU that a run has logged")
-    made.add_argument("--price", type=float, help="of one GPU-hour")
-    made.add_argument("--iterations", type=int, nargs="+", default=list(LENGTHS))
+    made.add_argument("--price", type=real(at_least=0), help="of one GPU-hour")
+    made.add_argument("--iterations", type=whole(1), nargs="+", default=list(LENGTHS))
     made.add_argument("--write", type=Path, metavar="FILE", help="write the DeepSpeed configuration here")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, with --recipe")
     return made
@@ -116,7 +121,7 @@ def main(argv: list[str]) -> int:
             ways.append(plan_way(load, arguments.zero, asked[1], arguments.micro_batch))
         mfu = measured_mfu(arguments.measured) if arguments.measured else arguments.mfu
     except (RecipeError, DeepSpeedConfigError) as error:
-        shown.exit(1, f"mimscale: error: {error}\n")
+        shown.exit(1, "".join(f"mimscale: error: {line}\n" for line in str(error).splitlines()))
     fitting = [way for way in ways if way.fits]
     if arguments.zero is not None:
         chosen = next(way for way in ways if (way.stage, way.offload) == asked)
@@ -135,7 +140,10 @@ def main(argv: list[str]) -> int:
     print(_times(recipe, arguments.gpus, peak, mfu, arguments.price, arguments.iterations) + "\n")
     text = json.dumps(chosen.config, indent=2) + "\n"
     if arguments.write:
-        write_text(arguments.write, text)
+        try:
+            write_text(arguments.write, text)
+        except (OSError, ValueError) as error:
+            shown.exit(1, f"mimscale: error: cannot write {printable(arguments.write)}: {printable(error)}\n")
         zero_stage(read_ds_config(arguments.write))
         print(f"ZeRO stage {chosen.name}, {counted(chosen.micro, 'image')} at a time: {arguments.write}")
     else:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.wording import counted, printable
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -19,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     args = parser().parse_args(argv)
+    from mimscale.data import DamagedSample
     from mimscale.data.decode import read_rgb
     from mimscale.training.pictures import save_png
     from mimscale.transfer.load import load_run
@@ -26,13 +29,22 @@ def main(argv: list[str]) -> int:
     try:
         run = load_run(args.run)
         task, module, data = run.task, run.module(), run.checkpoint.manifest["data"]
+        damaged = 0
         for path in args.images:
-            text, picture = task.say(run.recipe, data, module, read_rgb(path))
-            print(f"{path}: {text}")
+            try:
+                pixels = read_rgb(path)
+            except DamagedSample as error:
+                print(f"mimscale: skipped {error.reason}", file=sys.stderr)
+                damaged += 1
+                continue
+            text, picture = task.say(run.recipe, data, module, pixels)
+            print(f"{printable(path)}: {printable(text, 10_000)}")
             if picture is not None:
                 target = (args.output or Path()) / f"{path.stem}_{run.recipe.task}.png"
                 save_png(picture, target)
-                print(f"  {target}")
+                print(f"  {printable(target)}")
+        if damaged:
+            raise ValueError(f"{damaged} of {counted(len(args.images), 'image')} cannot be read; the others are above")
     except (ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1

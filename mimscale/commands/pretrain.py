@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from mimscale.commands.numbers import whole
 from mimscale.training.launch.start import Start, launch_pretraining, start_ranks_here
 
+RANKS_HERE = 1024
 PURPOSE = "Pre-train an encoder by masked image modelling."
 
 
@@ -31,7 +33,7 @@ def start_parser(program: str, purpose: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--ranks",
-        type=int,
+        type=whole(1, 65_536),
         metavar="N",
         help="processes to start on this machine, where no launcher has started this one; with --check: how many there will be",
     )
@@ -44,8 +46,8 @@ def start_parser(program: str, purpose: str) -> argparse.ArgumentParser:
 def parse_start(made: argparse.ArgumentParser, argv: list[str] | None) -> Start:
     """What a command line asks for."""
     found = made.parse_intermixed_args(argv)
-    if found.ranks is not None and found.ranks < 1:
-        made.error(f"--ranks takes a number of at least 1, not {found.ranks}")
+    if found.ranks is not None and found.ranks > RANKS_HERE and not found.check:
+        made.error(f"argument --ranks: at most {RANKS_HERE:,} are started on one machine, not {found.ranks:,}")
     return Start(found.recipe, found.deepspeed_config, found.output, tuple(found.overrides), found.check, found.ranks)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimscale.commands.numbers import whole
 from mimscale.wording import counted
 
 
@@ -18,10 +19,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shards", required=True, metavar="OUT", help="labelled shards")
     made.add_argument("--fraction", default="100", help="what to fit on (default: 100)")
     made.add_argument("--validation", default="val", help="what to test on (default: val)")
-    made.add_argument("--knn", type=int, default=20, metavar="K", help="neighbours that vote (default: 20)")
+    made.add_argument("--knn", type=whole(), default=20, metavar="K", help="neighbours that vote (default: 20)")
     made.add_argument("--recipe", type=Path, help="for a FILE that does not say what it holds: a recipe of its model")
-    made.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-    made.add_argument("--workers", type=int, default=0, help="processes that read ahead (default: 0)")
+    made.add_argument("--batch", type=whole(1, 65_536), default=64, help="images at a time (default: 64)")
+    made.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that read ahead (default: 0)")
     return made
 
 

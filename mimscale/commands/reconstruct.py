@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimscale.wording import counted
+from mimscale.commands.numbers import whole
+from mimscale.wording import counted, printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,9 +15,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__, allow_abbrev=False)
     made.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
     made.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
-    made.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    made.add_argument("--count", type=int, default=8, help="how many validation images (default: 8)")
-    made.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
+    made.add_argument("--step", type=whole(0), help="which checkpoint (default: the newest)")
+    made.add_argument("--count", type=whole(1, 1000), default=8, help="how many validation images (default: 8)")
+    made.add_argument("--seed", type=whole(0), default=0, help="of the masks (default: 0)")
     made.add_argument("--output", type=Path, help="PNG to write (default: RUN/reconstructions/images_STEP.png)")
     return made
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     from mimscale.data import ShardError, ShardIndex, ValidationStream
     from mimscale.training.errors import CheckpointError
     from mimscale.training.pictures import reconstruction_sheet, save_png, to_uint8
-    from mimscale.training.pretraining.reconstruction import random_masks, read_images
+    from mimscale.training.pretraining.reconstruction import random_masks, read_whole_images
     from mimscale.training.recipe import RecipeError
     from mimscale.transfer.load import load_run
 
@@ -41,23 +42,41 @@ def main(argv: list[str]) -> int:
             )
         recipe, objective = run.recipe, run.module()
         if args.images:
-            images = read_images(args.images, recipe.data.image_size)
-            mask = random_masks(len(images), recipe, args.seed)
+            read, damaged = read_whole_images(args.images, recipe.data.image_size)
+            for reason in damaged:
+                print(f"mimscale: skipped {reason}", file=sys.stderr)
+            if read is None:
+                raise ValueError(f"none of {counted(len(args.images), 'image')} can be read")
+            images, mask = read, random_masks(len(read), recipe, args.seed)
         else:
-            assert recipe.data.shards is not None
+            damaged = []
+            if recipe.data.shards is None:
+                raise RecipeError(f"{printable(args.run)} names no shards: give images")
             index = ShardIndex.load(recipe.data.shards)
+            if "val" not in index.fractions:
+                raise ShardError(
+                    f"{recipe.data.shards} holds none out: give images, mimscale reconstruct {args.run} IMAGE ..."
+                )
             mask_grid, masked = recipe.mask.grid[0], recipe.mask.masked
             stream = ValidationStream(index, recipe.data.image_size, args.count, mask_grid=mask_grid, masked=masked)
-            batch = next(iter(stream))
+            batch = next(iter(stream), None)
+            if batch is None or not batch.valid.any():
+                raise ShardError(f"{recipe.data.shards} has no validation image that can be read")
             images, mask = batch.images[batch.valid], batch.mask[batch.valid]
-    except (CheckpointError, RecipeError, ShardError, ValueError) as error:
+        with torch.no_grad():
+            l1, l2, prediction = objective(images, mask)
+            filled = to_uint8(objective.fill_in(images, mask, prediction))
+        step = run.checkpoint.step
+        output = args.output or run.folder / "reconstructions" / f"images_{step:08d}.png"
+        save_png(reconstruction_sheet(images, mask, filled), output)
+    except (CheckpointError, RecipeError, ShardError, ValueError, OSError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
-    with torch.no_grad():
-        l1, l2, prediction = objective(images, mask)
-        filled = to_uint8(objective.fill_in(images, mask, prediction))
-    step = run.checkpoint.step
-    output = args.output or run.folder / "reconstructions" / f"images_{step:08d}.png"
-    save_png(reconstruction_sheet(images, mask, filled), output)
-    print(f"{output}: {counted(len(images), 'image')} at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}")
-    return 0
+    print(
+        f"{printable(output)}: {counted(len(images), 'image')} at step {step}, l1 {l1.mean():.4f}, l2 {l2.mean():.4f}"
+    )
+    if damaged:
+        print(
+            f"mimscale: error: {len(damaged)} of {counted(len(args.images), 'image')} cannot be read", file=sys.stderr
+        )
+    return 1 if damaged else 0

@@ -1,6 +1,6 @@
 """Build, check and list shard folders.
 
-mimscale shards build --source SRC --out OUT [--val SRC]
+mimscale shards build --source SRC --out OUT [--val SRC | --val-share 5%]
 mimscale shards index FOLDER
 mimscale shards verify OUT
 mimscale shards list OUT
@@ -27,7 +27,7 @@ from mimscale.data.shards.format import REJECTED_NAME, View
 from mimscale.data.shards.index import ShardIndex, draw_view_classes
 from mimscale.data.shards.verify import verify
 from mimscale.registry import RegistryError, load_plugins
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 _SHOWN_PROBLEMS = 200
 
@@ -96,10 +96,13 @@ def _build(options: argparse.Namespace) -> int:
     if isinstance(source, ShardFolder):
         percents = source.percents
         if val is None and "val" in source.index.fractions:
+            if options.val_share:
+                raise ShardError(f"--val-share {options.val_share}%: {options.source} holds images out already")
             val = ShardFolder(options.source, "val")
     views = dict(parse_view(text, options.seed, len(source.classes)) for text in options.subset)
     how: dict[str, Any] = {
         "val": val,
+        "val_share": options.val_share,
         "options": Options(options.samples_per_shard, options.seed, options.resize_shorter, options.store),
         "percents": percents,
         "views": views,
@@ -172,6 +175,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _share(text: str) -> int:
+    number = text.removesuffix("%")
+    if not (number.isascii() and number.isdigit() and len(number) <= 2 and 1 <= int(number) <= 50):
+        raise argparse.ArgumentTypeError(f"{printable(text)}: write a whole number of percent, 1% to 50%")
+    return int(number)
+
+
 def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -193,7 +203,15 @@ def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
         "--plugins", nargs="*", default=[], metavar="PACKAGE", help="packages that know other kinds of sources"
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
-    build.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")
+    held_out = build.add_mutually_exclusive_group()
+    held_out.add_argument("--val", type=Path, metavar="SRC", help="held-out images, become the split 'val'")
+    held_out.add_argument(
+        "--val-share",
+        type=_share,
+        default=0,
+        metavar="P%",
+        help="hold out P%% of each class of the training images as the split 'val', drawn by the seed",
+    )
     build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a flat tar given as --val")
     build.add_argument("--fraction", help="of a shard folder given as --source: which of its fractions to take")
     build.add_argument(

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimscale.commands.numbers import real, whole
 from mimscale.registry import objectives
+from mimscale.wording import printable
 
 if TYPE_CHECKING:
     from mimscale.study.jobs import Job
@@ -118,8 +120,8 @@ def parser(program: str = "mimscale study") -> argparse.ArgumentParser:
     question = made.add_argument_group("predict")
     question.add_argument("--model", help="of the study, such as swinv2_h")
     question.add_argument("--dataset", help="of the study, such as in1k_50")
-    question.add_argument("--length", type=int, metavar="N", help="iterations of the cell to predict")
-    question.add_argument("--budget", type=float, help="relative compute; the smallest model's shortest length is 1")
+    question.add_argument("--length", type=whole(1), metavar="N", help="iterations of the cell to predict")
+    question.add_argument("--budget", type=real(), help="relative compute; the smallest model's shortest length is 1")
     question.add_argument(
         "--objective", default="simmim", choices=objectives.names(), help="whose cells (default: simmim)"
     )
@@ -142,4 +144,9 @@ def main(argv: list[str] | None = None, program: str = "mimscale study") -> int:
         return COMMANDS[options.command][0](study, build_graph(study), options)
     except (StudyError, ResultsError, SlurmError) as error:
         print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"mimscale: error: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         return 1

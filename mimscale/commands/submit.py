@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimscale.commands.numbers import whole
 from mimscale.resources import LAUNCHERS, RECIPES
+from mimscale.wording import printable
 
 if TYPE_CHECKING:
     from mimscale.training.launch.slurm import SlurmJob
 
 SCRIPT = "submit.sbatch"
+# More than any cluster has.
+NODES, RANKS, CORES = 65_536, 1_024, 4_096
 
 
 def check_arguments(job: SlurmJob) -> None:
@@ -26,9 +30,9 @@ def check_arguments(job: SlurmJob) -> None:
     from mimscale.training.launch.slurm import SlurmError
 
     command = [sys.executable, str(LAUNCHERS / f"{job.launcher}.py"), "--check", f"--ranks={job.ranks}"]
-    command += ["--deepspeed_config", str(job.config), "--recipe", str(job.recipe), "--output", str(job.output)]
-    command += job.overrides
-    done = subprocess.run(command, capture_output=True, text=True)
+    # With = a name that begins with a dash is no option.
+    command += [f"--deepspeed_config={job.config}", f"--recipe={job.recipe}", f"--output={job.output}", *job.overrides]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SlurmError(done.stderr.strip().replace("mimscale: error: ", ""))
 
@@ -45,18 +49,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.shards=SHARDS")
     made.add_argument("--output", type=Path, metavar="RUN", help="run folder (runs/RECIPE's name)")
     made.add_argument("--deepspeed_config", type=Path, default=Path("zero2"), metavar="FILE|NAME", help="(zero2)")
-    made.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="(1)")
+    made.add_argument("--nodes", type=whole(1, NODES), default=1, metavar="N", help="(1)")
     made.add_argument(
-        "--gpus-per-node", type=_at_least_none, default=8, metavar="N", help="one rank each (8); 0 trains on CPUs"
+        "--gpus-per-node", type=whole(0, RANKS), default=8, metavar="N", help="one rank each (8); 0 trains on CPUs"
     )
     made.add_argument(
-        "--tasks-per-node", type=_at_least_one, metavar="N", help="ranks on each node where there are no GPUs (1)"
+        "--tasks-per-node", type=whole(1, RANKS), metavar="N", help="ranks on each node where there are no GPUs (1)"
     )
     made.add_argument(
-        "--cpus-per-task", type=_at_least_one, metavar="N", help="cores of each rank; by default the site's"
+        "--cpus-per-task", type=whole(1, CORES), metavar="N", help="cores of each rank; by default the site's"
     )
     made.add_argument("--time", default="24:00:00", help="limit of one start (24:00:00); requeued until it is done")
-    made.add_argument("--signal", type=_at_least_one, default=180, metavar="S", help="stop S seconds before that (180)")
+    made.add_argument("--signal", type=whole(1), default=180, metavar="S", help="stop S seconds before that (180)")
     made.add_argument(
         "--after",
         action="append",
@@ -72,27 +76,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _number(text: str, least: int) -> int:
-    if not text.lstrip("-").isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
-    return int(text)
-
-
-def _at_least_one(text: str) -> int:
-    return _number(text, 1)
-
-
-def _at_least_none(text: str) -> int:
-    return _number(text, 0)
-
-
 def _options(text: str) -> tuple[str, ...]:
     from mimscale.training.launch.slurm import SlurmError
 
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise SlurmError(f"--sbatch {text}: {str(error).lower()}") from None
+        raise SlurmError(f"--sbatch {printable(text)}: {str(error).lower()}") from None
 
 
 def main(argv: list[str]) -> int:
@@ -133,7 +123,10 @@ def main(argv: list[str]) -> int:
             print(f"written to {script}; submit it with: {shlex.join(submission(script, asked.after))}")
             return 0
         number = submit(script, asked.after)
-    except (SlurmError, RecipeError, OSError) as error:
+    except OSError as error:
+        print(f"mimscale: error: {printable(error.filename or 'the job file')}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (SlurmError, RecipeError) as error:
         print("\n".join(f"mimscale: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1
     print(f"job {number}; it prints to {job.log}; mimscale status {job.output} shows its progress")

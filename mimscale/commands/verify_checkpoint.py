@@ -1,6 +1,5 @@
 """``mimscale verify-checkpoint``: a released weight's validation loss, measured here, beside the published one.
 
-from mimscale.wording import counted
 Centre crops and one fixed mask an image, in fp32, as every validation of mimscale; l1 and l2 both, for the paper names
 l2 and the code that was released with it used l1. The authors' own protocol is unpublished.
 """
@@ -13,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimscale.commands.numbers import whole
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -23,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shards", type=Path, required=True, metavar="VAL", help="shards with a split 'val'")
     made.add_argument("--recipe", type=Path, help="model and objective (default: recognised from the weights)")
     made.add_argument("--dataset", choices=list(DATASETS), help="pre-trained on (default: from the file's name)")
-    made.add_argument("--iterations", type=int, help="pre-trained for (default: from the file's name)")
-    made.add_argument("--images", type=int, help="of the validation set, at most (default: all)")
-    made.add_argument("--batch", type=int, default=32, help="images at once (default: 32)")
+    made.add_argument("--iterations", type=whole(), help="pre-trained for (default: from the file's name)")
+    made.add_argument("--images", type=whole(), help="of the validation set, at most (default: all)")
+    made.add_argument("--batch", type=whole(1, 65_536), default=32, help="images at once (default: 32)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return made
 

@@ -9,18 +9,44 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mimscale.data.errors import DamagedSample
+from mimscale.files import UnfitFile, read_bytes
+from mimscale.wording import counted, printable
 
 # 300 MB of RGB. The largest photographs in ImageNet-22K are a quarter of this; a 65,500 x 65,500 JPEG would ask for 13
 # GB.
 MAX_PIXELS = 100_000_000
+
+# Of an encoded image: over six bytes for each of the most pixels.
+MAX_BYTES = 640 * 2**20
+
+# What Pillow may take bytes for. It knows others that start programs (EPS), fetch files or hold many layers.
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "GIF",
+    "BMP",
+    "DIB",
+    "PPM",
+    "TIFF",
+    "WEBP",
+    "AVIF",
+    "HEIF",
+    "JPEG2000",
+    "PCX",
+    "QOI",
+    "SGI",
+)
 
 JPEG, PNG, OTHER, PIXELS = range(4)
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -86,8 +112,54 @@ def decode_jpeg_strictly(data: bytes | memoryview, memory: PixelMemory | None = 
     return simplejpeg.decode_jpeg(data, "RGB", buffer=(memory or PixelMemory()).of(3 * height * width))
 
 
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow and its plug-ins know."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """An image whose header has been read, and whose size has been looked at, by Pillow.
+
+    Raises:
+        DamagedSample: not an image of one of ``FORMATS``, cut short, or too large; also for what is raised inside.
+    """
+    try:
+        # A broken EXIF block is reported by Pillow as a warning; the pixels are unharmed.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=formats()) as image:
+                _check_size(*image.size)
+                yield image
+    except DamagedSample:
+        raise
+    except UnidentifiedImageError:  # its own message is about the object in memory
+        raise DamagedSample("cannot be decoded: it is no image, or of a kind that is not read") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
+        raise DamagedSample(f"cannot be decoded: {printable(error) or type(error).__name__}") from None
+
+
+# Pixels that are converted at a time: larger images are converted band by band, and not held several times.
+_BAND_PIXELS = 1 << 22
+
+
 def rgb_of(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode as uint8 (height, width, 3)."""
+    width, height = image.size
+    rows = max(_BAND_PIXELS // max(width, 1), 1)
+    if rows >= height:
+        return _rgb_of(image)
+    image.load()
+    whole = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        whole[top:bottom] = _rgb_of(image.crop((0, top, width, bottom)))
+    return whole
+
+
+def _rgb_of(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         # 16 bits a pixel: Pillow's own conversion clips instead of scaling.
         grey = np.clip(np.asarray(image, np.int64), 0, 65535) // 257
@@ -103,17 +175,8 @@ def decode_leniently(data: bytes | memoryview) -> np.ndarray:
     Raises:
         DamagedSample: not an image, cut short, or too large.
     """
-    try:
-        # A broken EXIF block is reported by Pillow as a warning; the pixels are unharmed.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                _check_size(*image.size)
-                return rgb_of(image)
-    except DamagedSample:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
-        raise DamagedSample(f"cannot be decoded: {error}") from None
+    with opened(data) as image:
+        return rgb_of(image)
 
 
 def decode_pixels(data: bytes | memoryview) -> np.ndarray:
@@ -162,11 +225,12 @@ def read_rgb(path: Path) -> np.ndarray:
         DamagedSample: it cannot be read, or is not an image; its path is named.
     """
     try:
-        return decode_rgb(path.read_bytes())
-    except OSError as error:
-        raise DamagedSample(f"{path}: {error.strerror}") from None
-    except DamagedSample as damage:
-        raise DamagedSample(f"{path}: {damage.reason}") from None
+        return decode_rgb(read_bytes(path, MAX_BYTES))
+    except UnfitFile as problem:
+        raise DamagedSample(str(problem)) from None
+    except (OSError, ValueError) as error:  # a path with a NUL, too, is a ValueError
+        reason = error.reason if isinstance(error, DamagedSample) else getattr(error, "strerror", None) or error
+        raise DamagedSample(f"{printable(path)}: {reason}") from None
 
 
 Read = Callable[[int, int], bytes]
@@ -242,6 +306,8 @@ def identify(read: Read, size: int, thorough: bool = False) -> int:
     """
     if size == 0:
         raise DamagedSample("has no bytes")
+    if size > MAX_BYTES:
+        raise DamagedSample(f"has {counted(size, 'byte')}, over the limit of {MAX_BYTES:,}")
     head = read(0, min(size, _HEAD_BYTES))
     if head[:2] == b"\xff\xd8":
         try:

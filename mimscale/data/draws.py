@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 # One constant a purpose, so that no two purposes ever share numbers.
-ORDER, CROP, FLIP, MASK, DRAW_KEY, SAMPLING, SHUFFLE, CLASSES, WINDOW = range(1, 10)
+ORDER, CROP, FLIP, MASK, DRAW_KEY, SAMPLING, SHUFFLE, CLASSES, WINDOW, HELD_OUT = range(1, 11)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)

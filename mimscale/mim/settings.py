@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mimscale.masking import MAE_RATIO, SIMMIM_PATCH, SIMMIM_RATIO, MaskGeometry, visible_down
-from mimscale.models.settings import EncoderSettings
+from mimscale.models.settings import Blocks, EncoderSettings, Heads
 from mimscale.registry import targets
-from mimscale.schema import Positive, Section, Word, key
+from mimscale.schema import Section, Side, Width, Word, key
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -70,11 +70,11 @@ class SimMIMSettings(MIMSettings):
     decoder: Literal["linear", "4-blocks", "8-blocks"] = key(
         "linear", "One linear layer, or SwinV2 blocks before it.", "Table 4"
     )
-    target_window: Positive | None = key(
+    target_window: Side | None = key(
         47, "Side in pixels of the neighbourhood that normalises the target; null: raw pixels.", "section 3.1"
     )
     mask_ratio: Ratio = key(SIMMIM_RATIO, "Share of the squares that are masked, rounded up.", "section 3.1")
-    mask_patch: Positive = key(
+    mask_patch: Side = key(
         SIMMIM_PATCH, "Side in pixels of the squares that are masked: a multiple of the encoder's patch.", "section 3.1"
     )
 
@@ -106,9 +106,9 @@ class MAESettings(MIMSettings):
         "mae", "Visible patches alone are encoded, and a transformer predicts the others.", "section 3.1"
     )
     norm_pix: bool = key(True, "Normalise the target by the mean and variance of its own patch.", "MAE")
-    decoder_dim: Positive = key(512, "Width of the decoder.", "MAE")
-    decoder_depth: Positive = key(8, "Blocks of the decoder.", "MAE")
-    decoder_heads: Positive = key(16, "Attention heads of the decoder.", "MAE")
+    decoder_dim: Width = key(512, "Width of the decoder.", "MAE")
+    decoder_depth: Blocks = key(8, "Blocks of the decoder.", "MAE")
+    decoder_heads: Heads = key(16, "Attention heads of the decoder.", "MAE")
     mask_ratio: Ratio = key(
         MAE_RATIO, "Share of the patches that are masked; the visible are rounded down.", "section 3.1"
     )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from mimscale.models.sizes import SWIN_SIZES, VIT_SIZES
-from mimscale.schema import Positive, Section, key
+from mimscale.schema import Decay, Section, Side, Width, key
+
+# Blocks of a stage and of all, heads of a block, and the side of its windows.
+BLOCKS = 256
+Blocks = Annotated[int, Field(gt=0, le=BLOCKS)]
+# Entries of the masks of one stage: one for every pair of tokens of every window.
+MASKS = 2**26
+Heads = Annotated[int, Field(gt=0, le=1024)]
+Stages = Field(min_length=1, max_length=8)
+Window = Annotated[int, Field(gt=0, le=128)]
+TrainedWindow = Annotated[int, Field(ge=0, le=128)]
 
 
 class EncoderSettings(Section):
@@ -21,7 +32,7 @@ class EncoderSettings(Section):
     paper: ClassVar[dict[str, dict[str, Any]]] = {}
 
     name: str = key(..., "Which encoder, and of what size.")
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = key(
+    drop_path: Decay = key(
         0.1,
         "Drop rate of the last block's residual branches; rates rise linearly from 0 at the first.",
         "released code",
@@ -66,13 +77,15 @@ class SwinSettings(EncoderSettings):
 
     shape_keys = ("embed_dim", "depths", "num_heads")
 
-    window_size: Positive = key(12, "Side of the attention's windows, in tokens.", "section 3.4")
-    pretrained_window_size: int | tuple[int, int, int, int] = key(
+    window_size: Window = key(12, "Side of the attention's windows, in tokens.", "section 3.4")
+    pretrained_window_size: TrainedWindow | tuple[TrainedWindow, TrainedWindow, TrainedWindow, TrainedWindow] = key(
         0, "Window at pre-training, where that differed: one number, or one for each stage; 0: the same."
     )
-    embed_dim: Positive | None = key(None, "Channels of the first stage; null: the named size's.", "Table 1")
-    depths: tuple[Positive, ...] | None = key(None, "Blocks of each stage; null: the named size's.", "Table 1")
-    num_heads: tuple[Positive, ...] | None = key(
+    embed_dim: Width | None = key(None, "Channels of the first stage; null: the named size's.", "Table 1")
+    depths: Annotated[tuple[Blocks, ...], Stages] | None = key(
+        None, "Blocks of each stage; null: the named size's.", "Table 1"
+    )
+    num_heads: Annotated[tuple[Heads, ...], Stages] | None = key(
         None, "Attention heads of each stage; null: the named size's.", "Table 1"
     )
 
@@ -101,6 +114,17 @@ class SwinSettings(EncoderSettings):
 
     def arguments(self, image_size: int, any_size: bool = False) -> dict[str, Any]:
         """See :meth:`EncoderSettings.arguments`."""
+        side = max(1, image_size // self.patch)
+        window = min(self.window_size, side)
+        if (side * window) ** 2 > MASKS:
+            raise ValueError(
+                f"model.window_size={self.window_size} with images of {image_size} pixels takes masks of attention of "
+                f"{(side * window) ** 2 / 2**30:.2g} GiB in each stage; take a window of at most {math.isqrt(MASKS) // side}"
+            )
+        if self.depths and sum(self.depths) > BLOCKS:
+            raise ValueError(
+                f"model.depths={list(self.depths)} are {sum(self.depths)} blocks, more than {BLOCKS} in all"
+            )
         windows = {"window_size": self.window_size, "pretrained_window_size": self.pretrained_window_size}
         return super().arguments(image_size) | windows
 
@@ -112,11 +136,11 @@ class SwinTransferSettings(SwinSettings):
     ``pretrained_image_size``; four numbers give the windows of the stages themselves, 0 the task's own.
     """
 
-    window_size: Positive = key(14, "Side of the attention's windows, in tokens.", "section 3.5")
-    pretrained_image_size: Positive | None = key(
+    window_size: Window = key(14, "Side of the attention's windows, in tokens.", "section 3.5")
+    pretrained_image_size: Side | None = key(
         None, "Side of the images that the weights were pre-trained on, pixels; goes with one pretrained_window_size."
     )
-    extra_norm_every: Annotated[int, Field(ge=0)] = key(
+    extra_norm_every: Annotated[int, Field(ge=0, le=256)] = key(
         0, "One more norm after every so many blocks, as some released weights have; 0: none.", "released code"
     )
 
@@ -149,9 +173,9 @@ class VitSettings(EncoderSettings):
     shape_keys = ("embed_dim", "depth", "num_heads")
     paper: ClassVar[dict[str, dict[str, Any]]] = {"mim": {"objective": "mae"}, "data": {"image_size": 224}}
 
-    embed_dim: Positive | None = key(None, "Channels; null: the named size's.", "MAE")
-    depth: Positive | None = key(None, "Blocks; null: the named size's.", "MAE")
-    num_heads: Positive | None = key(None, "Attention heads of every block; null: the named size's.", "MAE")
+    embed_dim: Width | None = key(None, "Channels; null: the named size's.", "MAE")
+    depth: Blocks | None = key(None, "Blocks; null: the named size's.", "MAE")
+    num_heads: Heads | None = key(None, "Attention heads of every block; null: the named size's.", "MAE")
 
     @property
     def patch(self) -> int:
@@ -162,7 +186,7 @@ class VitSettings(EncoderSettings):
 class VitTransferSettings(VitSettings):
     """A ViT at a task's size."""
 
-    pretrained_image_size: Positive | None = key(
+    pretrained_image_size: Side | None = key(
         None, "Side of the images that its positions were trained at, pixels; null: the task's own."
     )
 

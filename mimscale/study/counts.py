@@ -16,12 +16,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mimscale.schema import resolve
 from mimscale.study.spec import StudyError
 from mimscale.training.planning.zero import GPU_SHARE, Load
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 
 KEPT = "counts.json"
+# Of other models, by :func:`key`: many jobs of a study train the same.
+_counted: dict[str, dict[str, Any]] = {}
 
 
 def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
@@ -32,9 +33,11 @@ def sizes(recipe: RunRecipe) -> tuple[int, int, int]:
     Raises:
         StudyError: the recipe's sizes do not fit together.
     """
-    if entry := kept().get(key(recipe)):
-        return entry["encoder"], entry["parameters"], entry["flops"]
-    return _sizes(json.dumps(recipe.model_dump(mode="json")), type(recipe))
+    name = key(recipe)
+    entry = kept().get(name) or _counted.get(name)
+    if entry is None:
+        entry = _counted[name] = count(recipe, memory=False)
+    return entry["encoder"], entry["parameters"], entry["flops"]
 
 
 def load(recipe: Recipe, gpus: int, gpu_bytes: float) -> Load:
@@ -59,12 +62,6 @@ def key(recipe: RunRecipe) -> str:
 def kept() -> dict[str, dict[str, Any]]:
     """The counts that are kept, by :func:`key`."""
     return json.loads(resources.files("mimscale.study").joinpath("data", KEPT).read_text())
-
-
-@lru_cache(maxsize=256)
-def _sizes(text: str, schema: type[RunRecipe]) -> tuple[int, int, int]:
-    entry = count(resolve(json.loads(text), "the study", schema), memory=False)
-    return entry["encoder"], entry["parameters"], entry["flops"]
 
 
 def count(recipe: RunRecipe, memory: bool = True) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimscale.schema import read_yaml, settle
-from mimscale.study.spec import Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
+from mimscale.study.spec import JOBS, Encoder, Finetuning, Grid, Resources, Selection, Study, StudyError
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
 from mimscale.training.run_folder import step_name
 from mimscale.training.schedule import decay_step
 from mimscale.transfer.recipe import recipe_schema
+from mimscale.wording import counted
 
 DEFAULTS = Resources(deepspeed="ds_configs/zero2.json", nodes=1, gpus=8, time="24:00:00")
 # A start that lies elsewhere, or another name of the same shards, makes no other run.
 PLACES = frozenset({"finetune.from"})
+# Of a job's name: files are called by it, with endings.
+LONGEST = 180
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,14 @@ def build_graph(study: Study) -> dict[str, Job]:
             start = f"{job.id}-{before}" if before else job.id
             if start not in jobs and start not in tuned:
                 raise StudyError(f"finetune.{name} comes after {before}, which is not done from {job.id}")
+            if len(jobs) + len(tuned) >= JOBS:
+                raise StudyError(f"the study makes more than {counted(JOBS, 'job')}; split it into several studies")
             made = _finetuning(study, name, task, job, start)
             tuned[made.id] = made
-    return jobs | tuned
+    found = jobs | tuned
+    if (long := max(found, key=len)) and len(long) > LONGEST:
+        raise StudyError(f"{long} is too long for the name of a job and its folder; choose shorter names")
+    return found
 
 
 def _pretrainings(study: Study, grid: Grid, where: str) -> Iterable[Job]:
@@ -212,7 +220,18 @@ def _share_trunks(jobs: dict[str, Job]) -> dict[str, Job]:
             before = changed.get(shorter.id, shorter)
             changed[shorter.id] = replace(before, pinned=(*before.pinned, step))
             changed[longer.id] = replace(changed.get(longer.id, longer), start=Branch(shorter.id, step))
-    return {name: changed.get(name, job) for name, job in jobs.items()}
+    return _starts_first({name: changed.get(name, job) for name, job in jobs.items()})
+
+
+def _starts_first(jobs: dict[str, Job]) -> dict[str, Job]:
+    """Each job behind the one it starts from, which a later grid may have described; else as they are."""
+    placed: dict[str, Job] = {}
+    for job in jobs.values():
+        chain = [job]
+        while (start := chain[-1].start) is not None and start.job not in placed:
+            chain.append(jobs[start.job])
+        placed |= {one.id: one for one in reversed(chain)}
+    return placed
 
 
 def _chain(job: Job) -> tuple[object, ...]:
@@ -289,10 +308,14 @@ def _selected(job: Job, of: Selection) -> bool:
 
 def _in_order(tasks: dict[str, Finetuning]) -> list[str]:
     """Tasks, each behind the one it comes after; ``load_study`` has seen that there is no circle."""
-    placed: list[str] = []
-    while len(placed) < len(tasks):
-        placed += [n for n, task in tasks.items() if n not in placed and (task.after is None or task.after in placed)]
-    return placed
+    place: dict[str | None, int] = {None: 0}  # how many a task comes after
+    for name in tasks:
+        chain: list[str | None] = [name]
+        while chain[-1] not in place:
+            chain.append(tasks[chain[-1] or ""].after)
+        for before, after in itertools.pairwise(reversed(chain)):
+            place[after] = place[before] + 1
+    return sorted(tasks, key=lambda name: place[name])
 
 
 def trained_alone(jobs: Iterable[Job]) -> int:

@@ -155,7 +155,7 @@ def _way(job: Job, recipe: Recipe, gpus: int, budget: float) -> Way:
         stage = zero_stage(config)
         zero = config.get("zero_optimization", {})
         offload = tuple(
-            w for w in ("optimizer", "param") if zero.get(f"offload_{w}", {}).get("device", "none") != "none"
+            w for w in ("optimizer", "param") if (zero.get(f"offload_{w}") or {}).get("device") not in (None, "none")
         )
         return plan_way(load(recipe, gpus, budget), stage, offload)
     except DeepSpeedConfigError as error:

@@ -27,6 +27,7 @@ from mimscale.training.errors import CheckpointError
 from mimscale.training.optimizer import AVERAGE
 from mimscale.training.ranks import gather
 from mimscale.training.run_folder import MANIFEST, saved_steps, step_name
+from mimscale.wording import printable
 
 FORMAT = 2
 # Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
@@ -65,7 +66,7 @@ class Checkpoint:
             if version == FORMAT:
                 if manifest.pop("sha256") != _digest(manifest):
                     raise ValueError("its own SHA-256 does not hold")
-                manifest["files"], manifest["step"], manifest["shapes"]
+                _check_types(manifest)
         except FileNotFoundError:
             raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -128,6 +129,33 @@ class Checkpoint:
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(f"{self.path} is a checkpoint of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _check_types(manifest: dict[str, Any]) -> None:
+    """See that a manifest's step, shapes and files are what they should be.
+
+    Raises:
+        ValueError: one is not; its name is in the message.
+    """
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**62
+
+    shapes, files = manifest["shapes"], manifest["files"]
+    if not whole(manifest["step"]):
+        raise ValueError("its step is no number")
+    if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(map(whole, s)) for s in shapes.values()):
+        raise ValueError("its shapes are no lists of sizes by name")
+    if not isinstance(files, dict):
+        raise ValueError("its files are no mapping")
+    for name, entry in files.items():
+        if not name or name in (".", "..") or "/" in name or "\0" in name or len(name) > 255:
+            raise ValueError(f"it names the file {printable(name, 60)}, which is no plain name")
+        listed = entry.get("tensors") if isinstance(entry, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(tensor, str) for tensor in listed):
+            raise ValueError(f"its entry of {printable(name, 60)} lists no tensors")
+        if not whole(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"its entry of {printable(name, 60)} has no bytes and sha256")
 
 
 def _sha256(path: Path) -> str:

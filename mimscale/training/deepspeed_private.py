@@ -7,6 +7,7 @@ The docstrings name the private thing and why no public one serves. ``tests/test
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 
 import deepspeed
 import torch
@@ -47,3 +48,15 @@ def drop_second_partition() -> None:
     """
     if (group := groups._get_zero_param_intra_parallel_group()) is not None:
         deepspeed.comm.destroy_process_group(group)
+
+
+def without_compiled_reductions() -> None:
+    """Keep DeepSpeed from compiling its reductions over shared memory at every start on a CPU (``comm.torch.build_shm_op``).
+
+    Only ``inference_all_reduce`` calls them. They would take minutes in silence the first time, need a compiler, and wait for
+    ever for the lock of a start that was killed in them.
+    """
+    backend = import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+    if not callable(backend.build_shm_op):
+        raise AttributeError("deepspeed.comm.torch.build_shm_op")
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -28,13 +29,23 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from mimscale.models.weights.released import saved_buffers
-from mimscale.training.deepspeed_private import drop_second_partition, inner_optimizer, link_state, masters, own_part
-from mimscale.training.ds_config import offloads_optimizer, zero_stage
+from mimscale.schema import LISTED
+from mimscale.training.deepspeed_private import (
+    drop_second_partition,
+    inner_optimizer,
+    link_state,
+    masters,
+    own_part,
+    without_compiled_reductions,
+)
+from mimscale.training.ds_config import DeepSpeedConfigError, offloads_optimizer, zero_stage
 from mimscale.training.errors import CorruptedUpdateError, TrainingError
+from mimscale.training.launch.extensions import built_alone
 from mimscale.training.launch.rendezvous import interface, rendezvous
 from mimscale.training.optimizer import AVERAGE, AveragingAdamW, without_gradients
 from mimscale.training.ranks import Ranks
 from mimscale.training.recipe import RunRecipe
+from mimscale.wording import printable
 
 # DeepSpeed calls collectives by their former names; torch would warn of it several times a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
@@ -47,7 +58,11 @@ _meeting: dict[str, str] = {}
 
 
 def start_ranks(timeout_minutes: float = 30) -> Ranks:
-    """Join the process group of whoever launched us: ``deepspeed``, ``torchrun``, ``srun``, or nobody (one process)."""
+    """Join the process group of whoever launched us: ``deepspeed``, ``torchrun``, ``srun``, or nobody (one process).
+
+    Raises:
+        TrainingError: the ranks cannot meet; their port is in use, or somebody does not come.
+    """
     _meeting.update(rendezvous())
     os.environ.update(_meeting)
     accelerator = get_accelerator()
@@ -68,13 +83,49 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
         # Gloo would take the one that the host's own name points to: on many hosts that is the loopback.
         _meeting["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = found
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MIMSCALE_DEEPSPEED_LOG", "ERROR").upper())
-    deepspeed.init_distributed(  # nothing to do where there is a process group already
-        dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    if not on_gpu:
+        without_compiled_reductions()
+    try:
+        deepspeed.init_distributed(  # nothing to do where there is a process group already
+            dist_backend=accelerator.communication_backend_name() if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as problem:
+        raise TrainingError(_not_met(problem)) from problem
     return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_world_size, device)
+
+
+def _not_met(problem: RuntimeError) -> str:
+    """What to do where the ranks cannot meet."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(problem) or "already in use" in str(problem):
+        return (
+            f"the port where the ranks would meet, {where}, is in use; is another training running on this host? Choose another: "
+            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N in the environment"
+        )
+    text = printable(str(problem).splitlines()[0].rstrip(".") if str(problem) else type(problem).__name__)
+    return (
+        f"the ranks could not meet at {where} ({text}): have all {os.environ['WORLD_SIZE']} started, and can this host reach "
+        "that one (firewall, MASTER_ADDR, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME)?"
+    )
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Name the keys of a configuration that DeepSpeed's own check refuses.
+
+    Raises:
+        DeepSpeedConfigError: there are such.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:LISTED]]
+        raise DeepSpeedConfigError(
+            f"DeepSpeed does not take this configuration ({error.title}): {printable('; '.join(found), 1000)}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -129,7 +180,8 @@ class Engine:
         average_decay: keep a moving average of the weights with this decay.
 
     Raises:
-        TrainingError: a moving average is asked for where the optimizer is offloaded.
+        TrainingError: a moving average is asked for where the optimizer is offloaded, or DeepSpeed's optimizer for the CPU
+            cannot be compiled.
     """
 
     def __init__(
@@ -156,8 +208,11 @@ class Engine:
         self.micro: int = config["train_micro_batch_size_per_gpu"]
         torch.manual_seed(recipe.train.seed)
         # Built on the device at every stage, so that the same seed draws the same weights at every stage.
-        with _device_number(ranks), self._place(config):
-            module = build()
+        with _device_number(ranks):
+            with _understood():
+                place = self._place(config)
+            with place:
+                module = build()
         if check is not None:
             check(_whole_shapes(module))
         self._checkpoint_activations(module, recipe, config)
@@ -166,7 +221,7 @@ class Engine:
         if restore is not None or start is not None:
             self._load_weights(module, restore or start)  # type: ignore[arg-type]
         optimizer = self._optimizer(groups(module), recipe, config)
-        with _device_number(ranks):
+        with _device_number(ranks), _understood():
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
@@ -204,7 +259,8 @@ class Engine:
                     "a moving average of the weights does not go with an offloaded optimizer: leave finetune.ema out, or "
                     "offload_optimizer"
                 )
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+            with built_alone("cpu_adam", first=self.ranks.local_rank == 0):
+                return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         if self.average_decay is not None:
             return AveragingAdamW(groups, self.average_decay, fused=True, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)

@@ -98,6 +98,8 @@ def _prepare(task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ra
     watch = Watchdog(folder.heartbeat, ranks, start.step, train.hang_minutes)
     engine.touch = watch.touch
     progress.report(_described(task, config, ranks, engine))
+    for notice in task.notices():
+        progress.report(notice)
     if start.source is not None:
         progress.report(f"resuming from {start.source.path}")
     return _Run(
@@ -381,6 +383,6 @@ class _Run:
         )
         for folder in sorted({picture.parent for picture in self.folder.path.glob("*/step_*.png")}):
             report(f"  {max(folder.glob('step_*.png'))}")
-        report(f"  {self.folder.curves}  (training and validation)")
+        report(f"  {self.folder.curves}  ({'training and validation' if result.get('validation') else 'training'})")
         report(f"  tensorboard --logdir {self.folder.tensorboard}")
         report(f"  {self.folder.path / result['checkpoint']}  (weights and optimizer state)")

@@ -69,14 +69,15 @@ def loss_curves(records: list[dict[str, Any]], path: Path, baseline: float | Non
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, color="#7a9cc6", label="training loss")
-    axes.plot(
-        [r["step"] for r in validation],
-        [r["val_loss"] for r in validation],
-        "o-",
-        ms=4,
-        color="#c1440e",
-        label="validation loss",
-    )
+    if validation:
+        axes.plot(
+            [r["step"] for r in validation],
+            [r["val_loss"] for r in validation],
+            "o-",
+            ms=4,
+            color="#c1440e",
+            label="validation loss",
+        )
     if baseline is not None:
         axes.axhline(baseline, ls="--", lw=1, color="#555555", label="predicting the local mean")
     axes.set_xlabel("iteration")

@@ -20,14 +20,27 @@ from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, load_plugins, objectives
 from mimscale.resources import RECIPES, Kind
 from mimscale.schema import (
+    GREATEST,
+    Amount,
+    AmountOrZero,
+    Batch,
     ChosenBy,
+    Count,
+    Decay,
+    Deviations,
     Document,
+    Means,
     Place,
     Positive,
+    Probability,
     SchemaError,
     Section,
     Share,
+    Shares,
+    Side,
+    Span,
     Word,
+    Workers,
     choice,
     flatten,
     free_keys,
@@ -36,6 +49,11 @@ from mimscale.schema import (
     read_yaml,
     resolve,
 )
+
+# What fp32 holds: a rate that is far too high is for the run to tell.
+LARGEST_RATE = 1e38
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
+Steps = Annotated[tuple[Positive, ...], Field(max_length=10_000)]
 
 
 class RecipeError(SchemaError):
@@ -51,21 +69,17 @@ class Data(Section):
     fraction: Word = key(
         "100", "Which of the shards' images: a stored fraction (10, 20, 50, 100) or a named subset.", "Table 2"
     )
-    image_size: Positive = key(192, "Side of the crops, pixels.", "section 3.4")
-    crop_scale: tuple[float, float] = key((0.67, 1.0), "Area of a crop, as a share of the image's.", "section 3.4")
-    crop_ratio: tuple[float, float] = key((3 / 4, 4 / 3), "Aspect ratio of a crop, width over height.", "section 3.4")
-    flip: Annotated[float, Field(ge=0, le=1)] = key(
-        0.5, "Probability that a crop is flipped left to right.", "section 3.4"
-    )
+    image_size: Side = key(192, "Side of the crops, pixels.", "section 3.4")
+    crop_scale: Shares = key((0.67, 1.0), "Area of a crop, as a share of the image's.", "section 3.4")
+    crop_ratio: Span = key((3 / 4, 4 / 3), "Aspect ratio of a crop, width over height.", "section 3.4")
+    flip: Probability = key(0.5, "Probability that a crop is flipped left to right.", "section 3.4")
     interpolation: Literal["bilinear", "bicubic"] = key(
         "bilinear", "How crops are resized, with antialiasing.", "released code"
     )
-    mean: tuple[float, float, float] = key(
+    mean: Means = key(
         (0.485, 0.456, 0.406), "Subtracted from the channels R, G, B, which are 0 to 1.", "ImageNet, released code"
     )
-    std: tuple[float, float, float] = key(
-        (0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code"
-    )
+    std: Deviations = key((0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code")
     decoder: Literal["libjpeg-turbo", "nvimgcodec"] = key(
         "libjpeg-turbo", "What decodes JPEGs: the CPU, or with nvimgcodec the GPU's JPEG engine."
     )
@@ -74,15 +88,11 @@ class Data(Section):
     )
     shuffle_window: Positive = key(16, "Shards in a window.")
     cache: Place | None = key(None, "Folder for local copies of shards whose `shards` is an address.", free=True)
-    cache_gib: Annotated[float, Field(gt=0)] | None = key(
-        None, "Most that those copies may take, GiB; null for no limit.", free=True
-    )
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+    cache_gib: Amount | None = key(None, "Most that those copies may take, GiB; null for no limit.", free=True)
+    workers: Workers | Literal["auto"] = key(
         "auto", "Decoding processes of each rank, 0 for none; auto shares the machine's cores.", free=True
     )
-    max_damaged: Annotated[int, Field(ge=0)] = key(
-        100, "How many damaged images are skipped before the run stops.", free=True
-    )
+    max_damaged: Count = key(100, "How many damaged images are skipped before the run stops.", free=True)
     validation_images: Positive | None = key(
         None, "Validate on so many held-out images, evenly spread; null for all.", branch=True
     )
@@ -91,18 +101,18 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW."""
 
-    lr: Annotated[float, Field(gt=0)] = key(
+    lr: Rate = key(
         1.0e-4,
         "Peak learning rate at a global batch of `lr_batch`; it is scaled linearly to train.global_batch.",
         "released code",
     )
-    lr_batch: Positive = key(512, "Images of the batch that `lr` is for.", "released code")
-    betas: tuple[float, float] = key((0.9, 0.999), "Decay of the gradient's first and second moment.", "released code")
-    eps: Annotated[float, Field(gt=0)] = key(1.0e-8, "Added to the root of the second moment.", "released code")
-    weight_decay: Annotated[float, Field(ge=0)] = key(
+    lr_batch: Batch = key(512, "Images of the batch that `lr` is for.", "released code")
+    betas: tuple[Decay, Decay] = key((0.9, 0.999), "Decay of the gradient's first and second moment.", "released code")
+    eps: Amount = key(1.0e-8, "Added to the root of the second moment.", "released code")
+    weight_decay: AmountOrZero = key(
         0.05, "Decoupled weight decay; biases, norms and tokens have none.", "released code"
     )
-    clip: Annotated[float, Field(ge=0)] = key(
+    clip: AmountOrZero = key(
         5.0, "Norm that the gradient of all parameters is clipped to; 0 for no clipping.", "released code"
     )
 
@@ -115,26 +125,24 @@ class Schedule(Section):
         "After the warm-up: constant with steps down, or a cosine or a line to the final rate.",
         "section 3.4",
     )
-    warmup: Annotated[int, Field(ge=0)] = key(
+    warmup: Count = key(
         6250, "Iterations in which the rate rises linearly from `warmup_lr` to its peak.", "released code"
     )
-    warmup_lr: Annotated[float, Field(ge=0)] = key(5.0e-7, "Learning rate of the first iteration.", "released code")
-    decay_at: Share | tuple[Share, ...] = key(
+    warmup_lr: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = key(
+        5.0e-7, "Learning rate of the first iteration.", "released code"
+    )
+    decay_at: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=1000)] = key(
         0.875, "kind=step: share of the run after which the rate steps down, or several.", "section 3.4"
     )
-    decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
-        0.1, "kind=step: what each step down multiplies the rate by.", "section 3.4"
-    )
-    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = key(
-        0.0, "kind=cosine and linear: rate at the end, as a share of the peak."
-    )
+    decay_factor: Share = key(0.1, "kind=step: what each step down multiplies the rate by.", "section 3.4")
+    final_lr_ratio: Probability = key(0.0, "kind=cosine and linear: rate at the end, as a share of the peak.")
 
 
 class Train(Section):
     """How long, how many images an iteration, and what is written when."""
 
     iterations: Positive = key(125_000, "Updates in all.", "section 3.4", branch=True)
-    global_batch: Positive = key(2048, "Images of one update, over all ranks.", "section 3.4")
+    global_batch: Batch = key(2048, "Images of one update, over all ranks.", "section 3.4")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = key(
         0, "Seed of everything that is drawn: weights, order, crops, masks, drop path."
     )
@@ -143,9 +151,11 @@ class Train(Section):
     )
     checkpoint_every: Positive = key(1000, "Iterations between two checkpoints.", free=True)
     keep_checkpoints: Positive = key(2, "How many of the newest checkpoints are kept.", free=True)
-    pinned_steps: tuple[Positive, ...] = key((), "Iterations whose checkpoints are written and kept too.", free=True)
+    pinned_steps: Annotated[tuple[Positive, ...], Field(max_length=10_000)] = key(
+        (), "Iterations whose checkpoints are written and kept too.", free=True
+    )
     validate_every: Positive = key(5000, "Iterations between two validations.", free=True)
-    validate_batch: Positive | None = key(
+    validate_batch: Batch | None = key(
         None, "Images of a rank's validation batch; null for twice the micro-batch.", free=True
     )
     log_every: Positive = key(1, "Iterations between two lines of metrics.jsonl.", free=True)
@@ -161,13 +171,11 @@ class Train(Section):
         "Write checkpoints beside training, or while it waits, which needs no copy of the state in host memory.",
         free=True,
     )
-    stop_margin: Annotated[float, Field(ge=0)] = key(
+    stop_margin: AmountOrZero = key(
         120, "How long before its Slurm job's time limit a run saves and stops, seconds.", free=True
     )
-    hang_minutes: Annotated[float, Field(gt=0)] = key(
-        10, "How long a run may make no progress before it is ended, minutes.", free=True
-    )
-    spike_factor: Annotated[float, Field(gt=1)] | None = key(
+    hang_minutes: Amount = key(10, "How long a run may make no progress before it is ended, minutes.", free=True)
+    spike_factor: Annotated[float, Field(gt=1, le=GREATEST)] | None = key(
         4.0, "A loss of so many times the median of the last 100 is a spike; null for none.", free=True
     )
     on_spike: Literal["stop", "skip", "rollback"] = key(
@@ -184,7 +192,9 @@ class Train(Section):
 class PretrainTrain(Train):
     """How long, how many images an iteration, and what is written when."""
 
-    reconstructions: Annotated[int, Field(ge=0)] = key(8, "Pictures of filled-in images at each validation.", free=True)
+    reconstructions: Annotated[int, Field(ge=0, le=1024)] = key(
+        8, "Pictures of filled-in images at each validation.", free=True
+    )
 
 
 class RunRecipe(Document):
@@ -201,7 +211,7 @@ class RunRecipe(Document):
     # Keys that have come since, which make no other recipe of one that leaves them at their default.
     added: ClassVar[dict[str, Any]] = {"plugins": []}
 
-    plugins: tuple[str, ...] = key(
+    plugins: Annotated[tuple[str, ...], Field(max_length=100)] = key(
         (), "Packages to import before the rest is read: they register encoders, objectives, targets, tasks or sources."
     )
     optimizer: Optimizer = Optimizer()

@@ -118,6 +118,10 @@ class Task(ABC):
     def describe(self) -> str:
         """What is trained on what, in a few words, for the first line of the log."""
 
+    def notices(self) -> list[str]:
+        """What is odd about the data or the settings, a line each, for the log's first lines; none by default."""
+        return []
+
     @abstractmethod
     def data_state(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of the data after ``step`` updates: which, and how far into it."""

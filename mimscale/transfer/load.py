@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +21,12 @@ from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, remade, without_head
 from mimscale.models.weights.released import all_weights
 from mimscale.training.checkpoint import Checkpoint, open_newest
+from mimscale.training.errors import CheckpointError
 from mimscale.training.pretraining.module import build_objective, normalise
 from mimscale.training.recipe import RecipeError, RunRecipe, stored_recipe
+from mimscale.training.run_folder import MANIFEST
 from mimscale.transfer.recipe import find_task
+from mimscale.wording import counted, printable
 
 Picture = Image.Image | np.ndarray
 
@@ -87,12 +91,25 @@ class LoadedRun:
             CheckpointError: the checkpoint is one of another model.
             RecipeError: its recipe does not build.
         """
+        # On the meta device first: a recipe may ask for a model that the checkpoint does not hold, and no memory could.
+        shapes = {name: tuple(part.shape) for name, part in all_weights(self.meta_module).items()}
+        self.checkpoint.check_shapes(shapes)
+        needed = 4 * sum(math.prod(shape) for shape in shapes.values())
+        held = sum(entry["bytes"] for entry in self.checkpoint.manifest["files"].values())
+        if needed > held:
+            raise CheckpointError(
+                f"{printable(self.checkpoint.path)} holds {counted(held, 'byte')}, and its weights need {needed:,}"
+            )
         module = self.build()
-        parts = all_weights(module)
-        self.checkpoint.check_shapes({name: tuple(part.shape) for name, part in parts.items()})
         with torch.no_grad():
-            for name, part in parts.items():
-                part.copy_(self.checkpoint.trained(name))
+            for name, part in all_weights(module).items():
+                stored = self.checkpoint.trained(name)
+                if stored.shape != part.shape:
+                    raise CheckpointError(
+                        f"{printable(self.checkpoint.path)}: {printable(name)} has the shape {tuple(stored.shape)}, not "
+                        f"{tuple(part.shape)} as its {MANIFEST} says"
+                    )
+                part.copy_(stored)
         return module.eval()
 
     @cached_property
@@ -146,12 +163,20 @@ def load_run(source: str | Path, step: int | None = None, data: dict[str, Any] |
     if found is None:
         raise RecipeError(f"there is no run {source}")
     checkpoint = open_newest(found[0], found[1] if step is None else step)
-    values, where = checkpoint.manifest["recipe"], str(checkpoint.path)
+    values, where = checkpoint.manifest.get("recipe"), str(checkpoint.path)
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise CheckpointError(f"{printable(where)} holds no recipe with a section 'data'; choose another with --step")
     values = {**values, "data": {**values["data"], **(data or {})}}
     RunRecipe.prepare(values)  # a task may be a plug-in's
     if "mim" in values:
         return LoadedRun(checkpoint, stored_recipe(values, where), None)
     kind = find_task(values.get("task"))
+    trained_on = checkpoint.manifest.get("data")
+    classes = trained_on.get("classes", ()) if isinstance(trained_on, dict) else None
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(
+            f"{printable(where)} does not say what data it was trained on; choose another with --step"
+        )
     return LoadedRun(checkpoint, stored_recipe(values, where, kind.schema), kind)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,13 +24,14 @@ from mimscale.data import EvaluationStream, ShardIndex
 from mimscale.files import write_beside
 from mimscale.models.preprocessing import Preprocessing, preprocessing_of
 from mimscale.models.weights.export import load, without_head
-from mimscale.models.weights.released import load_released
+from mimscale.models.weights.released import load_released, read_checkpoint
 from mimscale.training.pretraining.module import build_objective, normalise
 from mimscale.training.recipe import Recipe, RecipeError, load_recipe, recipe_values
 from mimscale.transfer.classification.labels import check_labels
 from mimscale.transfer.load import folder_of, is_run, load_run
 from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.weights import task_encoder
+from mimscale.wording import printable
 
 # Strengths of the linear classifier's penalty to choose from, and the share of the training images they are chosen on.
 PENALTIES = tuple(10.0**power for power in range(-6, 1))
@@ -120,9 +121,8 @@ def features(
     how = frozen.images
     told = json.dumps([frozen.name, index.content.build, fraction, how.image_size, how.mean, how.std])
     path = folder / f"features_{fraction}_{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
-        kept = load_file(path)
-        return Features(kept["values"], kept["labels"])
+    if path.exists() and (kept := _kept(path, len(index.classes))) is not None:
+        return kept
     stream = EvaluationStream(index, fraction, how.image_size, batch, workers=workers)
     encoder = frozen.encoder.to(device)
     values, labels = [], []
@@ -135,6 +135,25 @@ def features(
     with write_beside(path) as beside:
         save_file({"values": found.values, "labels": found.labels}, beside)
     return found
+
+
+def _kept(path: Path, classes: int) -> Features | None:
+    """Features of an earlier probe; ``None`` where the file is damaged, so that they are computed anew."""
+    try:
+        found = read_checkpoint(path)
+        values, labels = found["values"], found["labels"]
+        fits = values.ndim == 2 and values.dtype == torch.float32 and labels.dtype == torch.int64
+        if (
+            not fits
+            or labels.shape != values.shape[:1]
+            or not len(labels)
+            or not 0 <= int(labels.min()) <= int(labels.max()) < classes
+        ):
+            raise ValueError("values and labels do not go together")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"mimscale: {printable(path)} is damaged and computed anew ({printable(error)})", file=sys.stderr)
+        return None
+    return Features(values, labels)
 
 
 def fit_linear(train: Features, classes: int, penalty: float, device: torch.device) -> Tensor:

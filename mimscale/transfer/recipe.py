@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
-
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, tasks
 from mimscale.resources import FINETUNE_RECIPES
-from mimscale.schema import ChosenBy, Section, apply_override, check_kind, key, parse_override
+from mimscale.schema import ChosenBy, Section, Share, apply_override, check_kind, key, parse_override
 from mimscale.training.recipe import ANY_ENCODER, RecipeError, RunRecipe, load_recipe, recipe_values
 
 
@@ -28,7 +26,7 @@ class Finetune(Section):
         "scratch.",
         alias="from",
     )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = key(
+    layer_decay: Share = key(
         1.0, "What a layer's learning rate is of the next layer's.", "ours; section 3.5 has one for each task and size"
     )
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from mimscale.models import Encoder, create_encoder
-from mimscale.models.weights.export import exported_settings
+from mimscale.models.weights.export import exported_settings, on_meta
 from mimscale.models.weights.recognise import stored_windows
-from mimscale.models.weights.released import match_checkpoint, read_checkpoint, released_names
+from mimscale.models.weights.released import check_finite, match_checkpoint, read_checkpoint, released_names
 from mimscale.training.checkpoint import CheckpointError
 from mimscale.training.recipe import RecipeError
 from mimscale.transfer.load import is_run, load_run
 from mimscale.transfer.recipe import FinetuneRecipe
+from mimscale.wording import printable
 
 HEADS = ("head.", "fc_norm.")
 
@@ -70,17 +71,18 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         CheckpointMismatch: listing all that is missing or left over.
     """
     if not is_run(source):
-        if not Path(source).is_file():
-            raise RecipeError(f"finetune.from={source}: there is no such run or file")
+        if not Path(source).exists():
+            raise RecipeError(f"finetune.from={printable(source)}: there is no such run or file")
         try:
             stored = read_checkpoint(source)
+            exported = exported_settings(source)
+            said = on_meta(exported, len(stored), source).trained_at if exported is not None else None
         except ValueError as error:
             raise RecipeError(f"finetune.from: {error}") from None
         matched = _match(encoder, released_names(stored), source)
-        exported = exported_settings(source)
-        if exported is not None:
-            with torch.device("meta"):
-                _check_sizes(source, create_encoder(**exported).trained_at, encoder)
+        check_finite(matched, source)
+        if said is not None:
+            _check_sizes(source, said, encoder)
         elif (windows := stored_windows(stored)) is not None:
             _check_sizes(source, {"pretrained_window_size": windows}, encoder)
         return matched.get

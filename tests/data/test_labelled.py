@@ -7,10 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from timm.data import auto_augment
 
 from mimscale.data import Erasing, EvaluationStream, LabelledStream, ShardIndex
-from mimscale.data.stream.labelled import drawing_from
+from mimscale.data.stream.labelled import drawing_from, timm_rand_augment
+from mimscale.resources import LAUNCHERS
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,21 @@ def test_labels_and_augmented_pixels_are_the_same_at_any_world_size_and_worker_c
     assert [photos.classes[label] for label in whole.labels] == [key.split("/")[0] for key in whole.keys]
     plain = next(iter(LabelledStream(photos, image_size=96, global_batch=8, rand_augment=None)))
     assert plain.keys == whole.keys and not torch.equal(plain.images, whole.images)
+
+
+def test_ten_thousand_augmentations_of_the_recipes_are_drawn_and_no_bits_are_black(photographs):
+    with Image.open(min(photographs.rglob("*.JPEG"))) as opened:
+        photo = opened.convert("RGB").resize((24, 24))
+    said = [yaml.safe_load(path.read_text()) for path in (LAUNCHERS / "recipes").rglob("*.yaml")]
+    asked = {recipe["data"]["rand_augment"] for recipe in said if recipe.get("data", {}).get("rand_augment")}
+    assert asked
+    for description in asked:
+        augment = timm_rand_augment(description, 24)
+        with drawing_from(0):
+            black = sum(augment(photo).getbbox() is None for _ in range(10_000))
+        assert black, "no image was asked for 0 bits"
+    # Others' use of timm is left as it was.
+    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is auto_augment.posterize
 
 
 def test_erasing_depends_on_the_sample_only(photos):

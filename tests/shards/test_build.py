@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import pytest
 import simplejpeg
 import webdataset
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mimscale.commands import shards as command
@@ -231,6 +234,35 @@ def test_odd_files_are_kept_as_what_they_are_or_counted_and_named(photographs, t
     for tar in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(tar) as archive:
             assert archive.getmembers()
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=12), percent=st.integers(1, 50), seed=st.integers(0, 9))
+def test_a_share_is_held_out_of_every_class_and_never_all_of_one(sizes, percent, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    held = fractions.hold_out(labels, percent, seed)
+    assert np.array_equal(held, fractions.hold_out(labels, percent, seed))
+    for label, size in enumerate(sizes):
+        count = int(held[labels == label].sum())
+        assert count in (percent * size // 100, -(-percent * size // 100)) and (count < size or not size)
+
+
+def test_a_held_out_share_is_in_no_training_fraction(photographs, tmp_path):
+    for out, workers in (("one", 1), ("two", 2)):
+        made = run(
+            "build", "--source", photographs, "--out", tmp_path / out, "--val-share", "25%", "--workers", workers
+        )
+        assert made.returncode == 0, made.stderr
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    index = ShardIndex.load(tmp_path / "one")
+    held, trained = (set(index.keys(index.samples(name))) for name in ("val", "100"))
+    assert len(held) == 8 and len(trained) == 24 and not held & trained
+    assert Counter(key.split("/")[0] for key in held) == {f"class_{number}": 2 for number in range(4)}
+    assert all(set(index.keys(index.samples(name))) <= trained for name in ("10", "20", "50"))
+    refused = run("build", "--source", tmp_path / "one", "--out", tmp_path / "again", "--val-share", "25%")
+    assert refused.returncode == 1 and "holds images out already" in refused.stderr
+    few = run("build", "--source", photographs / "class_0", "--out", tmp_path / "few", "--val-share", "1%")
+    assert few.returncode == 1 and "less than one image" in few.stderr and not list((tmp_path / "few").glob("*"))
 
 
 def test_views_name_classes_or_another_draw(solar_folders, solar_shards, tmp_path):

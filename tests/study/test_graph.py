@@ -103,6 +103,14 @@ def test_a_plan_counts_jobs_hours_and_savings_and_draws_the_graph(study, capsys)
         assert (path.parent / "out" / name).stat().st_size > 5_000
 
 
+def test_a_run_stands_behind_the_shorter_one_that_a_later_grid_describes(study):
+    grid = yaml.safe_load(SMOKE.read_text())["pretrain"][0]
+    jobs = build_graph(load_study(study(pretrain=[grid | {"lengths": [16]}, grid | {"lengths": [8]}], finetune={})))
+    names = list(jobs)
+    started = [job for job in jobs.values() if job.start]
+    assert started and all(names.index(job.start.job) < names.index(job.id) for job in started)
+
+
 def test_schedules_that_follow_their_length_share_nothing(study):
     grid = yaml.safe_load(SMOKE.read_text())["pretrain"][0]
     grid["overrides"]["schedule.kind"] = "cosine"
@@ -128,6 +136,12 @@ def test_schedules_that_follow_their_length_share_nothing(study):
         ({"finetune": {"a": {"recipe": "x.yaml", "of": {"lengths": [7]}}}}, "finetune.a.of selects no pre-training"),
         ({"finetune": {"a": {"recipe": "x.yaml"}}}, "there is no recipe x.yaml"),
         ({"models": {"swinv2_8": {"recipe": "launchers/recipes/mini_swinv2.yaml"}}}, "unknown model 'swinv2_16'"),
+        ({"slurm": {"account": "a\ntouch x #"}}, r"slurm.account in"),
+        ({"slurm": {"qos": "high low"}}, "'high low' is not a name of Slurm's"),
+        ({"resources": {"time": "1 hour"}}, "'1 hour' is not a time limit of Slurm, such as 24:00:00"),
+        ({"resources": {"time": "1\ntouch x"}}, r"holds the character '\n', which no job file may hold"),
+        ({"output": "a\0b"}, "output in"),
+        ({"datasets": {"d" * 65: {"shards": "photographs"}}}, "should match pattern"),
     ],
 )
 def test_mistakes_in_a_study_are_named(study, changes, says, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from training_runs import ROOT
 
 from mimscale.study.jobs import build_graph
 from mimscale.study.spec import load_study
+from mimscale.training.launch.job_file import SlurmError
+from mimscale.training.launch.slurm import SlurmJob, submit, write_script
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 PAPER = "launchers/studies/paper.yaml"
@@ -57,6 +60,30 @@ def test_the_whole_paper_is_queued_with_its_dependencies(cluster, solar_shards, 
     finally:
         cluster.run("scancel", "--user=root")
         cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
+
+
+def test_texts_with_odd_characters_reach_slurm_as_they_are(cluster, tmp_path):
+    """Each that a job file may hold, in its name and its paths; the partition is closed, so that nothing begins."""
+    cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+    told = 0
+    try:  # of a file's name it shows %% where it will write %
+        for sign in (*map(chr, range(32, 127)), "ß", "\u3000", "\U0001f600", "%%", "\t", "\n", "\x85"):
+            run = tmp_path / f"a{sign.replace('/', '_')}b"
+            job = SlurmJob(Path("demo"), Path("cpu"), run, ("a=b",), name=f"a{sign}b", gpus_per_node=0)
+            try:
+                script = tmp_path / "job"
+                script.write_text(write_script(job))
+            except SlurmError:
+                assert sign in '"\\\t\n\x85', sign
+                continue
+            cluster.run("sbatch", "--test-only", str(script))
+            shown = cluster.run("scontrol", "show", "job", submit(script))
+            assert f" JobName=a{sign}b\n" in shown and f" StdOut={run}/slurm.log\n" in shown.replace("%%", "%"), shown
+            told += 1
+    finally:
+        cluster.run("scancel", "--user=root")
+        cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
+    assert told == 93 + 4
 
 
 def test_jobs_killed_at_random_are_picked_up_and_the_report_is_an_undisturbed_ones(cluster, tmp_path):

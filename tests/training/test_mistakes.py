@@ -106,6 +106,7 @@ def test_missing_shards_are_one_clear_message(tmp_path):
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, ("mics_shard_size", "zero_hpz_partition_size")),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}, ("zero_hpz_partition_size=8", "stage 2")),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "8"}}, ("zero_hpz_partition_size", "'8'")),
+        ({"zero_optimization": {"stage": 1, "frobnicate": 8}}, ("DeepSpeed does not take", "frobnicate")),
     ],
 )
 def test_a_contradiction_names_both_keys(tmp_path, shards, config, both):

@@ -85,3 +85,35 @@ def test_a_decoder_of_blocks_is_recomputed_like_the_encoder():
     assert kept("mim.decoder=8-blocks", recomputed) < 1.1 * kept("mim.decoder=linear", recomputed)
     recipe = load_recipe(RECIPE, [*TINY, "mim.decoder=8-blocks"])
     assert len(recomputed_blocks(recipe)) == len(recomputed_blocks(load_recipe(RECIPE, TINY))) + 8
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("plan-memory", "--gpus", ("0", "-1", "9" * 5000, "nan", "")),
+        ("plan-memory", "--gpu-memory", ("0", "nan", "inf", "1e400", "-1")),
+        ("plan-memory", "--mfu", ("0", "nan", "2")),
+        ("plan-memory", "--price", ("-1", "nan")),
+        ("plan-memory", "--iterations", ("0", "1e5", "10" * 20)),
+        ("plan-memory", "--micro-batch", ("0", "\x1b", "\udcff")),
+        ("plan-communication", "--gpus", ("0", "-8", "10" * 20)),
+        ("plan-communication", "--batch", ("0", "10" * 20)),
+        ("plan-communication", "--micro-batches", ("0", "nan")),
+        ("study", "--length", ("0", "x")),
+        ("study", "--budget", ("nan", "-1", "0")),
+    ],
+)
+def test_numbers_that_no_machine_has_are_named_with_their_option(capsys, command, option, values):
+    asked = {"study": ["predict", "published"]}.get(command, ["--model", "swinv2_s"])
+    for value in values:
+        with pytest.raises(SystemExit):
+            main([command, *asked, f"{option}={value}"])
+        said = capsys.readouterr().err
+        assert f"argument {option}: '" in said and "is not a number" in said and "\x1b" not in said and len(said) < 3000
+
+
+def test_what_takes_more_memory_than_there_is_is_refused_before_it_is_counted(capsys):
+    for keys in (["model.window_size=128", "data.image_size=4096"], ["model.depths=[256,256,256,256]"]):
+        with pytest.raises(SystemExit):
+            main(["plan-memory", "--recipe", "swinv2_b", *keys])
+        assert capsys.readouterr().err.startswith(f"mimscale: error: model in the recipe: {keys[0].partition('=')[0]}=")

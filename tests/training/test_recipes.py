@@ -12,6 +12,7 @@ from mimscale.training.checkpoint import owners
 from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, reconcile, split_batch
 from mimscale.training.metrics import duration
 from mimscale.training.planning.counting import activation_bytes, parameter_sizes
+from mimscale.training.planning.memory import micro_batch_that_fits, plan_rank
 from mimscale.training.planning.throughput import flops_per_image
 from mimscale.training.recipe import RecipeError, Schedule, load_recipe
 from mimscale.training.schedule import decay_step, learning_rate
@@ -146,3 +147,63 @@ def test_every_parameter_is_saved_by_one_rank(shapes, ranks):
 
 def test_durations_read_well():
     assert [duration(s) for s in (4, 200, 18_420, 183_600)] == ["4 s", "3 min 20 s", "5 h 07 min", "2 d 03 h"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a": ' * 100_000, "it is nested too deeply"),
+        ('{"x": ' + "[" * 60 + "]" * 60 + "}", "it is nested more than 40 deep"),
+        ('{"train_batch_size": NaN}', "NaN is no finite number"),
+        ('{"gradient_clipping": 1e999}', "1e999 is no finite number"),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", "is too large a number"),
+        ('{"train_batch_size": 8, "train_batch_size": 8}', "duplicate key 'train_batch_size'; keep one"),
+        ('{"train_batch_size": "8"}', "'train_batch_size' must be a positive number or \"auto\", not '8'"),
+        ('{"train_micro_batch_size_per_gpu": true}', "'train_micro_batch_size_per_gpu' must be a positive number"),
+        ('{"bf16": {"enabled": "yes"}}', "'bf16.enabled' must be true, false or \"auto\", not 'yes'"),
+        ('{"zero_optimization": {"offload_param": 5}}', "'zero_optimization.offload_param' must be an object"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": "auto"}}',
+            "must be a number of elements, at least 1, not 'auto'",
+        ),
+        ('{"zero_optimization": {"reduce_bucket_size": 0}}', "must be a number of elements, at least 1, not 0"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "disk"}}}',
+            'must be "cpu", "nvme" or "none", not \'disk\'',
+        ),
+        ('{"zero_optimisation": {"stage": 2}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ('{"zero_optimization": {"reduce_buckets_size": 1}}', "did you mean 'zero_optimization.reduce_bucket_size'?"),
+        ('{"optimizer": {"type": ["AdamW"]}}', "'optimizer.type' must be a name, not ['AdamW']"),
+        ('{"x": "' + "y" * 2_000_000 + '"}', "holds more than 1,048,576 bytes"),
+        ("[]", "must hold a JSON object, not list"),
+        ("", "is not valid JSON"),
+    ],
+)
+def test_a_configuration_of_another_form_is_named_by_its_key(tmp_path, text, says):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(DeepSpeedConfigError) as error:
+        read_ds_config(path)
+    assert says in str(error.value) and str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000))
+def test_a_micro_batch_is_the_largest_divisor_that_may_be(local, bound):
+    slow = max(size for size in range(1, min(local, bound) + 1) if local % size == 0)
+    assert split_batch({}, local, 1, bound).micro == slow
+
+
+def test_what_is_too_large_to_count_is_worked_out():
+    split = split_batch({}, 2**24 * 3**8, 3, 10**6)
+    assert split.micro * split.accumulation * 3 == 2**24 * 3**8 and split.micro == 995_328
+    with pytest.raises(DeepSpeedConfigError, match="and 180 more"):
+        split_batch({"train_micro_batch_size_per_gpu": 7}, 2**24 * 3**7, 1, None)
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**9))
+def test_the_largest_micro_batch_is_found_without_trying_each(activations, spare):
+    sizes, config = [10**6] * 3, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    budget = plan_rank(sizes, activations, config, 2).total + spare
+    found = micro_batch_that_fits(sizes, activations, config, 2, budget)
+    assert plan_rank(sizes, found * activations, config, 2).total <= budget
+    assert plan_rank(sizes, (found + 1) * activations, config, 2).total > budget

@@ -105,7 +105,7 @@ def _absent(content):
         (_cut_mask, r"has a mask of \d+ x \d+ pixels on an image of"),
         (_twice, "images have the same number"),
         (lambda content: content.pop("categories"), "no list 'categories'"),
-        (lambda content: content["annotations"][0].pop("bbox"), "not in COCO's form: KeyError 'bbox'"),
+        (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has the box None, not four numbers"),
     ],
 )
 def test_a_mistake_in_the_annotations_is_named(scenes, tmp_path, change, said):

@@ -7,7 +7,6 @@ augmented 192 x 192 crops from files that are in memory already. So a busy machi
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ from PIL import Image
 
 from mimscale.data import draws, pool
 from mimscale.data.build import writer
+from mimscale.data.decode import opened
 from mimscale.data.errors import ShardError
 from mimscale.data.shards.index import ShardIndex
 from mimscale.data.shards.store import PIXELS
@@ -116,8 +116,8 @@ def quality(index: ShardIndex, count: int = 64) -> tuple[float, float]:
     numbers = draws.uniforms(0, draws.CROP, np.arange(count), augment.DRAWS_PER_CROP)
     found = []
     for row, sample in enumerate(stream.order.indices(0, count).tolist()):
-        with Image.open(io.BytesIO(index.read(sample))) as opened:
-            image = opened.convert("RGB")
+        with opened(index.read(sample)) as found_image:
+            image = found_image.convert("RGB")
         top, left, height, width = augment.crop_box(numbers[row], image.height, image.width, SCALE, RATIO)
         reference = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         error = np.square(batch.images[row].permute(1, 2, 0).numpy().astype(float) - np.asarray(reference)).mean()

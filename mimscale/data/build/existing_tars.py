@@ -13,9 +13,11 @@ from zlib_ng import zlib_ng
 
 from mimscale.data import pool
 from mimscale.data.build.listing import safe_part
+from mimscale.data.decode import MAX_BYTES
 from mimscale.data.errors import ShardError
 from mimscale.data.shards.format import (
     INDEX_NAME,
+    MAX_KEY_BYTES,
     TABLE_NAME,
     Index,
     Shard,
@@ -25,12 +27,16 @@ from mimscale.data.shards.format import (
 )
 from mimscale.data.shards.fractions import FRACTIONS
 from mimscale.data.shards.tar import TarError, walk
-from mimscale.files import write_bytes
-from mimscale.wording import counted
+from mimscale.files import open_regular, write_bytes
+from mimscale.wording import counted, printable
 
 _IMAGES = (b"jpg", b"jpeg", b"png", b"ppm", b"webp", b"bmp", b"tif", b"tiff")
 # tar names that say they hold held-out images: val-000.tar, imagenet1k-validation-00.tar.
 _HELD_OUT = re.compile(r"(^|[-_.])val(idation)?([-_.]|$)")
+
+
+# Labels may leave numbers out, up to this one; beyond it the numbers have to be used.
+_DENSE_LABELS = 1 << 16
 
 
 @dataclass
@@ -53,7 +59,7 @@ def _scan(path: Path) -> _Scanned:
     """Every sample of one tar: its image and its label."""
     samples: dict[bytes, list[int]] = {}
     broken = None
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         descriptor = file.fileno()
         try:
             for member in walk(file, 0, os.fstat(descriptor).st_size, str(path)):
@@ -65,12 +71,14 @@ def _scan(path: Path) -> _Scanned:
                 if extension == b"cls":
                     text = os.pread(descriptor, min(member.size, 20), member.offset).strip()
                     row[0] = int(text) if text.isdigit() else -1
-                elif row[1] < 0:
+                elif row[1] < 0 and member.size <= MAX_BYTES:
                     data = os.pread(descriptor, member.size, member.offset)
                     row[1:] = [member.offset, member.size, zlib_ng.crc32(data)]
         except TarError as error:
             broken = str(error)
     kept = {key: row for key, row in samples.items() if row[1] >= 0}
+    if long := next((key for key in kept if len(key) > MAX_KEY_BYTES), None):
+        broken = f"{path}: a key of {len(long):,} bytes; {MAX_KEY_BYTES:,} are the most that an index holds"
     rows = np.asarray(list(kept.values()), np.int64).reshape(-1, 4)
     return _Scanned(rows, list(kept), file_sha256(path), path.stat().st_size, broken)
 
@@ -115,12 +123,22 @@ def index_tars(
         keys = [
             safe_part(tar.stem).encode() + b"/" + key for tar, r in zip(tars, scanned, strict=True) for key in r.keys
         ]
-    table = np.zeros(len(keys), table_dtype(max(map(len, keys))))
+    if (longest := max(map(len, keys))) > MAX_KEY_BYTES:
+        raise ShardError(f"{folder}: a key of {longest:,} bytes; {MAX_KEY_BYTES:,} are the most that an index holds")
+    table = np.zeros(len(keys), table_dtype(longest))
     rows = np.concatenate([result.rows for result in scanned])
     table["shard"] = np.repeat(np.arange(len(tars)), [len(result.rows) for result in scanned])
     for column, name in enumerate(("label", "offset", "size", "crc")):
         table[name] = rows[:, column]
     table["key"] = keys
+    labels = np.unique(rows[:, 0])
+    if labels[-1] >= max(_DENSE_LABELS, 4 * len(labels)):
+        row = int(rows[:, 0].argmax())
+        key = printable(keys[row].decode("utf-8", "backslashreplace"))
+        raise ShardError(
+            f"{tars[table['shard'][row]]}: the label {labels[-1]:,} of {key} "
+            f"among {counted(len(labels), 'different label')}: labels number the classes from 0 on; write them anew"
+        )
     content = _npy(table)
     shards = [
         Shard(tar.name, "val" if _HELD_OUT.search(tar.stem) else "train", 0, len(r.rows), r.bytes, r.sha256)

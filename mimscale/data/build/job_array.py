@@ -60,6 +60,7 @@ def build_part(
     out: Path,
     *,
     val: writer.Source | None = None,
+    val_share: int = 0,
     options: Options = writer.DEFAULTS,
     percents: tuple[int, ...] = fractions.FRACTIONS,
     views: dict[str, View] | None = None,
@@ -76,13 +77,10 @@ def build_part(
         ShardError: as for a build of one piece, or another part was given other images or options.
     """
     work = out / WORK_FOLDER
-    asked = hashlib.sha256(
-        json.dumps(
-            [train.classes, asdict(options), percents, {n: asdict(v) for n, v in (views or {}).items()}]
-        ).encode()
-    ).hexdigest()
+    wish = [train.classes, asdict(options), percents, {n: asdict(v) for n, v in (views or {}).items()}, val_share]
+    asked = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
     with _locked(work, "listing", fcntl.LOCK_EX):
-        held, layout = _settle(part, asked, train, val, out, options, percents, workers, report)
+        held, layout = _settle(part, asked, train, val, val_share, out, options, percents, workers, report)
     try:
         if (out / INDEX_NAME).exists():
             return _finished(out, work, layout), 0
@@ -102,7 +100,7 @@ def build_part(
             if left or not _alone(held):
                 held.close()
                 return None, left
-            return writer.join(out, layout, val is not None, views), 0
+            return writer.join(out, layout, val is not None or val_share > 0, views), 0
     finally:
         held.close()
 
@@ -120,6 +118,7 @@ def _settle(
     asked: str,
     train: writer.Source,
     val: writer.Source | None,
+    val_share: int,
     out: Path,
     options: Options,
     percents: tuple[int, ...],
@@ -140,7 +139,7 @@ def _settle(
         if fresh:
             with writer.leaving_nothing(out, work):
                 listing, train_rows, rejected = writer.scan(train, val, work, options.decodes, workers, report)
-                layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
+                layout = lay_out(listing, train_rows, rejected, train.classes, percents, options, val_share)
                 layout.refuse_other(out)
             writer.remove_strays(out)
             layout.keep(work)
@@ -151,7 +150,9 @@ def _settle(
             if known["asked"] != asked:
                 raise ShardError(f"{out}: another part of {part.array} was given other images or options")
             rejected = [(where, why) for where, why in known["rejected"]]
-            layout = lay_out(Listing(work / "listing"), known["train_rows"], rejected, train.classes, percents, options)
+            layout = lay_out(
+                Listing(work / "listing"), known["train_rows"], rejected, train.classes, percents, options, val_share
+            )
         unless_settled.pop_all()
         return held, layout
 
@@ -160,7 +161,7 @@ def _finished(out: Path, work: Path, layout: Layout) -> Index:
     """The index of a build that other parts have finished."""
     layout.refuse_other(out)
     shutil.rmtree(work, ignore_errors=True)
-    return Index.from_json((out / INDEX_NAME).read_bytes(), out / INDEX_NAME)
+    return Index.read(out / INDEX_NAME)
 
 
 def _is_written(task: ShardTask) -> bool:

@@ -16,14 +16,23 @@ from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index
 from mimscale.files import write_bytes
+from mimscale.wording import counted
 
 
 def _order(
-    listing: Listing, train_rows: int, percents: tuple[int, ...], options: Options
+    listing: Listing, train_rows: int, percents: tuple[int, ...], options: Options, val_share: int
 ) -> tuple[np.ndarray, list[tuple[str, str, int, int, int]]]:
     """The order of all samples (rows of the listing), and the shards as (file, split, stratum, start, stop) of it."""
     stratum_of = np.array(listing.stratum[:train_rows])
-    drawn = stratum_of == NO_STRATUM
+    held_out = np.zeros(len(listing), bool)
+    held_out[train_rows:] = True
+    if val_share:
+        held_out[:train_rows] = fractions.hold_out(np.asarray(listing.label[:train_rows]), val_share, options.seed)
+        if not held_out.any():
+            raise ShardError(
+                f"--val-share {val_share}% of {counted(train_rows, 'image')} is less than one image; name a larger share"
+            )
+    drawn = (stratum_of == NO_STRATUM) & ~held_out[:train_rows]
     if drawn.any():
         stratum_of[drawn] = fractions.assign(np.asarray(listing.label[:train_rows][drawn]), percents, options.seed)
     order = np.empty(len(listing), np.uint32 if len(listing) < 1 << 32 else np.int64)
@@ -45,8 +54,10 @@ def _order(
 
     start = 0
     for number, percent in enumerate(percents):
-        start = lay(np.flatnonzero(stratum_of == number).astype(order.dtype), "train", percent, start)
-    lay(np.arange(train_rows, len(listing), dtype=order.dtype), "val", 0, start)
+        start = lay(
+            np.flatnonzero((stratum_of == number) & ~held_out[:train_rows]).astype(order.dtype), "train", percent, start
+        )
+    lay(np.flatnonzero(held_out).astype(order.dtype), "val", 0, start)
     return order, shards
 
 
@@ -96,7 +107,7 @@ class Layout:
         known = None
         if (out / INDEX_NAME).exists():
             try:
-                known = Index.from_json((out / INDEX_NAME).read_bytes(), out / INDEX_NAME).build
+                known = Index.read(out / INDEX_NAME).build
             except ShardError as error:  # ends with "build again"
                 raise ShardError(f"{error} into another folder, or delete this one") from None
         elif (out / WORK_FOLDER / PLAN_NAME).exists():
@@ -118,8 +129,13 @@ def lay_out(
     classes: list[str],
     percents: tuple[int, ...],
     options: Options,
+    val_share: int = 0,
 ) -> Layout:
-    """Settle which sample goes where; arguments as :func:`scan` returns and :func:`build` takes them."""
-    order, shards = _order(listing, train_rows, percents, options)
+    """Settle which sample goes where; arguments as :func:`scan` returns and :func:`build` takes them.
+
+    Raises:
+        ShardError: ``val_share`` comes to less than one image.
+    """
+    order, shards = _order(listing, train_rows, percents, options, val_share)
     plan = _digest(listing, order, shards, classes, options)
     return Layout(listing, rejected, classes, percents, options, order, shards, plan)

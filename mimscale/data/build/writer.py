@@ -35,7 +35,7 @@ from mimscale.data.shards.format import (
     table_dtype,
 )
 from mimscale.files import write_beside, write_bytes
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 Progress = Callable[[str, int, int], None]
 DEFAULTS = Options()
@@ -147,6 +147,7 @@ def build(
     out: Path,
     *,
     val: Source | None = None,
+    val_share: int = 0,
     options: Options = DEFAULTS,
     percents: tuple[int, ...] = fractions.FRACTIONS,
     views: dict[str, View] | None = None,
@@ -159,6 +160,7 @@ def build(
         train: the training images.
         out: folder to write; made if missing.
         val: held-out images, split "val" of the same folder; their classes must be among those of ``train``.
+        val_share: percent of each class to hold out as that split, drawn by the seed; not with ``val``.
         options: everything else that decides the bytes.
         percents: the fractions to lay the training images out in, ascending.
         views: named choices over the training shards to write into the index.
@@ -172,7 +174,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     with _sole_builder(out, work):
         listing, train_rows, rejected = scan(train, val, work, options.decodes, workers, report)
-        layout = lay_out(listing, train_rows, rejected, train.classes, percents, options)
+        layout = lay_out(listing, train_rows, rejected, train.classes, percents, options, val_share)
         layout.refuse_other(out)
         remove_strays(out)
         layout.keep(work)
@@ -181,7 +183,7 @@ def build(
         for count in pool.run(make_shard, layout.tasks(out), workers):
             done += count
             report("writing images", done, layout.samples)
-        return join(out, layout, val is not None, views)
+        return join(out, layout, val is not None or val_share > 0, views)
 
 
 def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | None) -> Index:
@@ -214,8 +216,8 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
         rewritten=sum(entry["rewritten"] for entry in entries),
     )
     if layout.rejected:
-        lines = "".join(f"{where}\t{why}\n" for where, why in layout.rejected)
-        write_bytes(out / REJECTED_NAME, lines.encode("utf-8", "replace"), durable=True)
+        lines = "".join(f"{printable(where, 8192)}\t{printable(why)}\n" for where, why in layout.rejected)
+        write_bytes(out / REJECTED_NAME, lines.encode(), durable=True)
     write_bytes(out / INDEX_NAME, index.to_json(), durable=True)
     shutil.rmtree(work, ignore_errors=True)
     return index

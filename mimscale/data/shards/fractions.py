@@ -82,6 +82,29 @@ def assign(labels: np.ndarray, percents: tuple[int, ...] = FRACTIONS, seed: int 
     return strata
 
 
+def hold_out(labels: np.ndarray, percent: int, seed: int = 0) -> np.ndarray:
+    """Which images are kept from training: ``percent`` of each class, as near as whole images allow, and never all of one.
+
+    Args:
+        labels: (N,) class of each image, 0 and up.
+        percent: 1 to 99.
+        seed: the same seed and labels give the same images.
+
+    Returns:
+        bool (N,), True = held out.
+    """
+    labels = np.asarray(labels)
+    sizes = np.bincount(labels, minlength=int(labels.max(initial=-1)) + 1)
+    counts = np.minimum(class_counts(sizes, (percent,), seed)[0], np.maximum(sizes - 1, 0))
+    held = np.zeros(len(labels), bool)
+    by_class = np.argsort(labels, kind="stable")
+    ends = np.cumsum(sizes)
+    for label in np.flatnonzero(counts):
+        members = by_class[ends[label] - sizes[label] : ends[label]]
+        held[members[draws.permutation(len(members), seed, draws.HELD_OUT, int(label))[: counts[label]]]] = True
+    return held
+
+
 def pick_classes(count: int, of: int, seed: int) -> np.ndarray:
     """``count`` of ``of`` classes, drawn by seed, ascending (ImageNet-100 is 100 of 1,000)."""
     return np.sort(draws.permutation(of, seed, draws.CLASSES, count)[:count].astype(np.int64))

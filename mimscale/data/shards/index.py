@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
+import stat
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,25 @@ from zlib_ng import zlib_ng
 
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards import fractions, remote
-from mimscale.data.shards.format import INDEX_NAME, SUFFIXES, TABLE_NAME, WORK_FOLDER, Index, Shard, table_dtype
+from mimscale.data.shards.format import (
+    INDEX_NAME,
+    SUFFIXES,
+    TABLE_NAME,
+    WORK_FOLDER,
+    Index,
+    Shard,
+    file_sha256,
+    table_dtype,
+)
 from mimscale.data.shards.remote import ShardCache
 from mimscale.data.shards.tar import BLOCK, TarError, parse_header
+from mimscale.files import UnfitFile, open_regular
+from mimscale.wording import printable
 
 _MAX_OPEN_SHARDS, _MAX_OPEN_COPIES = 64, 8
 _OPEN_ATTEMPTS = 5
+# Of the sample table: rows that are looked at together, and the longest header of numpy's that is parsed.
+_ROWS, _HEADER_BYTES = 1 << 20, 4096
 
 
 class ShardIndex:
@@ -60,7 +73,7 @@ class ShardIndex:
         if remote.is_remote(root):
             base = cache or remote.default_cache()
             path = ShardCache(str(root), base, cache_bytes).fetch(INDEX_NAME)
-            content = Index.from_json(path.read_bytes(), path)
+            content = _read_index(path.parent)
             # Copies of another build at the same address may have the same names and sizes.
             copies = ShardCache(str(root), base, cache_bytes, content.build)
             copies.fetch(TABLE_NAME, None, content.table_sha256)
@@ -107,11 +120,14 @@ class ShardIndex:
         for shard in self.content.shards:
             path = self.root / shard.file
             try:
-                size = path.stat().st_size
+                facts = path.stat()
             except OSError:
                 raise ShardError(
                     f"{path} is missing: index does not match its tars; restore it, or build again"
                 ) from None
+            if not stat.S_ISREG(facts.st_mode):
+                raise ShardError(f"{path} is not a regular file; restore it, or build again")
+            size = facts.st_size
             if size != shard.bytes:
                 raise ShardError(
                     f"{path} has {size:,} bytes and the index says {shard.bytes:,}: index does not match its tars; "
@@ -123,18 +139,34 @@ class ShardIndex:
         path = self.root / TABLE_NAME
         again = "restore it, or build again"
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(path)
+        except UnfitFile as problem:
+            raise ShardError(f"{problem}: {again}") from None
         except OSError:
             raise ShardError(f"{path} is missing, but the index needs it: {again}") from None
         if digest != self.content.table_sha256:
             raise ShardError(f"{path} is not the sample table that the index was written with: {again}")
-        if self._table.shape != (self.content.samples,) or self._table.dtype != table_dtype(self.content.key_bytes):
-            raise ShardError(f"{path} does not have the rows that the index says: {again}")
+        if contradiction := self._contradiction():
+            raise ShardError(f"{path} has {contradiction}: {again}")
+
+    def _contradiction(self) -> str:
+        """What in the sample table cannot be, given the index; empty where all can. Goes over it piece by piece."""
+        held = np.array([shard.bytes for shard in self.shards], np.int64)
+        for start in range(0, len(self._table), _ROWS):
+            rows = self._table[start : start + _ROWS]
+            shards = np.searchsorted(self._starts, np.arange(start, start + len(rows)), side="right") - 1
+            if not np.array_equal(rows["shard"], shards):
+                return "rows in another order than the index's shards"
+            offsets, sizes = rows["offset"], rows["size"].astype(np.int64)
+            if (offsets < BLOCK).any() or (offsets > held[shards] - sizes).any():
+                return "images beyond the end of their tars"
+            if (rows["label"] < -1).any() or (rows["label"] >= max(len(self.classes), 1)).any():
+                return f"labels that are none of the {len(self.classes)} classes"
+        return ""
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return np.asarray(np.load(self.root / TABLE_NAME, mmap_mode="r", allow_pickle=False))
+        return read_table(self.root / TABLE_NAME, self.content)
 
     @cached_property
     def _checksums(self) -> np.ndarray:
@@ -217,11 +249,11 @@ class ShardIndex:
 
     def key(self, sample: int) -> str:
         """The key of a sample, ``class/name``."""
-        return self._table["key"][sample].decode()
+        return self._table["key"][sample].decode("utf-8", "backslashreplace")
 
     def keys(self, samples: np.ndarray) -> list[str]:
         """The keys of many samples."""
-        return [key.decode() for key in self._table["key"][samples].tolist()]
+        return [key.decode("utf-8", "backslashreplace") for key in self._table["key"][samples].tolist()]
 
     def label(self, sample: int) -> int:
         """The class of a sample, -1 if it has none."""
@@ -337,7 +369,9 @@ class ShardIndex:
         for _ in range(_OPEN_ATTEMPTS):
             path = self.fetch(shard)
             try:
-                return os.open(path, os.O_RDONLY)
+                return open_regular(path)
+            except UnfitFile as problem:
+                raise ShardError(str(problem)) from None
             except FileNotFoundError:
                 # Another process may have made room in the cache since.
                 if self.cache is None:
@@ -377,6 +411,40 @@ class ShardIndex:
         return rows
 
 
+def read_table(path: Path, content: Index) -> np.ndarray:
+    """The sample table, mapped and not read.
+
+    Args:
+        path: of the file.
+        content: what its header has to agree with.
+
+    Raises:
+        ShardError: it cannot be read, or its header says something else.
+    """
+    dtype, again = table_dtype(content.key_bytes), "restore it, or build again"
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            header = read(file, max_header_size=_HEADER_BYTES)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+            if header != ((content.samples,), False, dtype) or size != start + content.samples * dtype.itemsize:
+                raise ShardError(f"{path} does not have the rows that the index says: {again}")
+            return (
+                np.asarray(np.memmap(file, dtype, "r", start, content.samples))
+                if content.samples
+                else np.empty(0, dtype)
+            )
+    except UnfitFile as problem:
+        raise ShardError(f"{problem}: {again}") from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}): {again}") from None
+    except ShardError:
+        raise
+    except Exception:  # numpy's parser of headers raises SyntaxError, TokenError and others besides ValueError
+        raise ShardError(f"{path} is no table of numpy's: {again}") from None
+
+
 def _plain_size(head: bytes) -> int:
     """The size field of a tar header as our own writer leaves it; -1 for any other form."""
     try:
@@ -388,13 +456,17 @@ def _plain_size(head: bytes) -> int:
 def _read_index(root: Path) -> Index:
     path = root / INDEX_NAME
     try:
-        return Index.from_json(path.read_bytes(), path)
+        return Index.read(path)
     except FileNotFoundError:
         pass
+    except UnfitFile as problem:
+        raise ShardError(str(problem)) from None
     except NotADirectoryError:
         raise ShardError(f"{root} is a file; data.shards names the folder that mimscale shards build wrote") from None
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{printable(path)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not root.exists():
         raise ShardError(f"{root}: no such folder; build it with: mimscale shards build --source SRC --out {root}")
     if (root / WORK_FOLDER).exists():

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.data.errors import ShardError
-from mimscale.data.shards.format import file_sha256
+from mimscale.data.shards.format import MAX_INDEX_BYTES, file_sha256
 from mimscale.files import write_beside
+from mimscale.wording import printable
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 # A server that says nothing for this long has gone.
 SILENCE_S = 30.0
+# A server that sends less than this a second, after this long, would keep a run waiting for ever.
+LEAST_RATE, SLOW_S, _SLOW_ATTEMPTS = 1024, 30.0, 2
+# Of the sample table of a remote folder: 64 bytes each for a billion samples.
+MAX_TABLE_BYTES = 64 * 10**9
 DEFAULT_CACHE_BYTES = 200 * 1024**3
 
 
@@ -70,7 +75,9 @@ class ShardCache:
                 from aiohttp import ClientTimeout
 
                 timeout = ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-                options = {"client_kwargs": {"timeout": timeout}}
+                # Shards are images: nothing is gained by packing them, and an unpacked bomb lost.
+                plain = {"Accept-Encoding": "identity"}
+                options = {"client_kwargs": {"timeout": timeout, "headers": plain, "auto_decompress": False}}
             elif self.url.startswith("s3:"):
                 # The client's own attempts would multiply with ours.
                 waits = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
@@ -115,7 +122,8 @@ class ShardCache:
         return True
 
     def _fetch(self, path: Path, size: int | None, sha256: str | None) -> None:
-        reason = ""
+        reason, slow = "", 0
+        limit = size if size is not None else MAX_INDEX_BYTES if sha256 is None else MAX_TABLE_BYTES
         for attempt in range(ATTEMPTS):
             if attempt:
                 wait = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
@@ -125,11 +133,15 @@ class ShardCache:
             try:
                 with write_beside(path) as beside:
                     files, folder = self._connect()
-                    files.get_file(f"{folder}/{path.name}", str(beside))
+                    files.get_file(f"{folder}/{path.name}", str(beside), callback=_bounded(limit))
                     _check(beside, size, sha256)
                 return
             except ShardError:
                 raise
+            except _TooSlow as error:
+                reason, slow = str(error), slow + 1
+                if slow == _SLOW_ATTEMPTS:
+                    break
             except _Damaged as error:
                 reason = str(error)
             except FileNotFoundError:
@@ -139,16 +151,25 @@ class ShardCache:
                     raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
                 raise ShardError(f"{self.url}/{path.name}: the server refuses it ({error}); see to the keys") from None
             except Exception as error:  # every protocol raises its own kinds
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = printable(f"{type(error).__name__}: {error}".rstrip(": "))
                 if isinstance(error, OSError) and error.filename == str(beside):
                     raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
         raise ShardError(
-            f"{self.url}/{path.name}: could not be fetched in {ATTEMPTS} attempts (last: {reason}); see whether the server "
+            f"{self.url}/{path.name}: could not be fetched in {attempt + 1} attempts (last: {reason}); see whether the server "
             "is up and run it again"
         )
 
     def _make_room(self, size: int, keep: Path) -> None:
-        """Drop the longest unused tars until ``size`` more bytes fit; processes that have one open can read on."""
+        """Drop the longest unused tars until ``size`` more bytes fit; processes that have one open can read on.
+
+        Raises:
+            ShardError: the file alone is larger than all may be together.
+        """
+        if size > self.limit:
+            raise ShardError(
+                f"{self.url}/{keep.name}: has {size:,} bytes by its index, over the {self.limit:,} that all copies may take; "
+                "raise data.cache_gib"
+            )
         with _locked(self.base / "room.lock"):
             copies = []
             for copy in self.base.glob("*/*.tar"):
@@ -166,6 +187,28 @@ class ShardCache:
 
 class _Damaged(Exception):
     """What came is not what the index says."""
+
+
+class _TooSlow(Exception):
+    """It comes so slowly that it would never be there."""
+
+
+def _bounded(limit: int) -> Any:
+    """A callback of fsspec's, told of every piece that came: it ends a transfer of too many bytes, or of too few a second."""
+    from fsspec.callbacks import Callback
+
+    class Bounded(Callback):
+        began, came = time.monotonic(), 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.came += inc
+            if self.came > limit:
+                raise _Damaged(f"more than the {limit:,} bytes came that it may have")
+            waited = time.monotonic() - self.began
+            if waited > SLOW_S and self.came < LEAST_RATE * waited:
+                raise _TooSlow(f"{self.came:,} bytes came in {waited:.0f} s, fewer than {LEAST_RATE:,} a second")
+
+    return Bounded()
 
 
 def _check(path: Path, size: int | None, sha256: str | None) -> None:

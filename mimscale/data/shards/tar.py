@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from mimscale.wording import printable
+
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
@@ -112,19 +114,35 @@ def parse_header(block: bytes) -> tuple[bytes, int, bytes]:
 
 
 def _pax_fields(payload: bytes) -> dict[bytes, bytes]:
-    fields = {}
-    while payload:
-        length_text, _, _ = payload.partition(b" ")
-        if not length_text.isdigit() or not 0 < int(length_text) <= len(payload):
+    fields, start = {}, 0
+    while start < len(payload):
+        # A record's length comes first, in digits: at most those of the largest header that is read.
+        blank = payload.find(b" ", start, start + len(str(_MAX_META_BYTES)) + 1)
+        length = payload[start:blank]
+        if blank < 0 or not length.isdigit() or not blank - start < int(length) <= len(payload) - start:
             raise TarError("damaged pax header")
-        record, payload = payload[: int(length_text)], payload[int(length_text) :]
-        key, _, value = record[len(length_text) + 1 : -1].partition(b"=")
+        key, _, value = payload[blank + 1 : start + int(length) - 1].partition(b"=")
         fields[key] = value
+        start += int(length)
     return fields
+
+
+def _pax_size(text: bytes) -> int:
+    if not text.isdigit() or len(text) > _MAX_SIZE_DIGITS:
+        raise TarError("a pax header's size that is no number of bytes")
+    return int(text)
 
 
 # A pax or long-name header beyond this is damage, not a name.
 _MAX_META_BYTES = 1 << 20
+# Of a member's name: the longest path that Linux takes.
+_MAX_NAME_BYTES = 4096
+# Of a size in bytes: more than any file has.
+_MAX_SIZE_DIGITS = 18
+
+
+def _shown(name: bytes) -> str:
+    return f"'{printable(name.decode('utf-8', 'backslashreplace'), 100)}'"
 
 
 def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Member]:
@@ -152,13 +170,13 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
         try:
             name, size, kind = parse_header(block)
             if b"size" in pax:
-                size = int(pax[b"size"])
-        except (TarError, ValueError) as error:
+                size = _pax_size(pax[b"size"])
+        except TarError as error:
             raise TarError(f"{what}: {error} at byte {position}, after {last}") from None
         payload = position + BLOCK
         if payload + size > end:
             raise TarError(
-                f"{what}: {name!r} at byte {position} should hold {size} bytes, but the archive ends at {end}"
+                f"{what}: {_shown(name)} at byte {position} should hold {size} bytes, but the archive ends at {end}"
             )
         if kind in (b"L", b"x", b"g", b"K"):
             if size > _MAX_META_BYTES:
@@ -173,8 +191,12 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
                 raise TarError(f"{what}: {error} at byte {position}, after {last}") from None
         else:
             name = pax.get(b"path", long_name if long_name is not None else name)
+            if len(name) > _MAX_NAME_BYTES:
+                raise TarError(
+                    f"{what}: a name of {len(name):,} bytes at byte {position}; {_MAX_NAME_BYTES:,} are the most that is read"
+                )
             yield Member(name, payload, size, kind in (b"0", b"\x00", b"7"))
-            long_name, pax, last = None, {}, repr(name.decode("utf-8", "replace"))
+            long_name, pax, last = None, {}, _shown(name)
         position = payload + size + padding(size)
     # Archives without the two empty blocks at the end exist and are readable; one that stops inside a member is not
     # reached here.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mimscale.data import draws
 from mimscale.data.decode import PixelMemory
@@ -83,7 +83,7 @@ class LabelledStream(CropStream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._augment = _rand_augment(self.rand_augment, self.crops.image_size) if self.rand_augment else None
+        self._augment = timm_rand_augment(self.rand_augment, self.crops.image_size) if self.rand_augment else None
 
     def batch(self, step: int) -> LabelledBatch:
         """The rank's share of global batch ``step``: a pure function.
@@ -111,15 +111,31 @@ class LabelledStream(CropStream):
         )
 
 
-def _rand_augment(description: str, image_size: int) -> Any:
-    """timm's transform with the parameters of its own training recipes."""
-    from timm.data.auto_augment import rand_augment_transform
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's posterize on every Pillow: black where no bit is kept, which Pillow before 13 gave and 13 refuses."""
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+def timm_rand_augment(description: str, image_size: int) -> Any:
+    """timm's transform by ``description``, with the parameters of its own training recipes for images of ``image_size`` pixels.
+
+    No bits kept in posterizing are black on every Pillow. It takes and gives pictures of Pillow and draws from the
+    generators of ``random`` and numpy, see :func:`drawing_from`.
+    """
+    from timm.data import auto_augment
 
     grey = tuple(round(255 * value) for value in (0.485, 0.456, 0.406))
-    return rand_augment_transform(
+    transform = auto_augment.rand_augment_transform(
         description,
         {"translate_const": int(image_size * 0.45), "img_mean": grey, "interpolation": Image.Resampling.BICUBIC},
     )
+    # In this transform's operations only: timm's table of operations stays as it is for others.
+    for operation in transform.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return transform
 
 
 class Erasing:

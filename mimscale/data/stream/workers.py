@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +16,10 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader, Sampler
 
 from mimscale.data.errors import ShardError
+from mimscale.data.stream.hand_over import Piped, hand_over, notice, take_over
 from mimscale.torch_private import end_workers, keep_signals_from, worker_processes
+
+log = logging.getLogger(__name__)
 
 _AHEAD = 4
 # Seconds in which a killed process has been taken down by the kernel, its memory included.
@@ -68,6 +72,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
     iterator: Any = iter(loader)
     # A killed process is then noticed when its next batch is due, at the latest 5 seconds later.
     keep_signals_from(iterator)
+    told = False
     try:
         while True:
             try:
@@ -84,6 +89,11 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
                 ) from None
             if isinstance(batch, ShardError):
                 raise batch
+            if isinstance(batch, Piped):
+                if not told and os.environ.get("LOCAL_RANK", "0") == "0":
+                    log.warning("mimscale: %s", notice(batch))
+                told = True
+                batch = take_over(batch)
             yield batch
     finally:
         # Its processes end when the loader's iterator goes; leaving that to the garbage collector would leave them
@@ -137,13 +147,13 @@ def _begin(cores: list[int], worker: int) -> None:
 
 
 class _Caught:
-    """Carries a ShardError over as a value: DataLoader would wrap its message in a traceback."""
+    """Hands batches over, and a ShardError as a value: DataLoader would wrap its message in a traceback."""
 
     def __init__(self, steps: Steps):
         self.steps = steps
 
     def __getitem__(self, step: int) -> Any:
         try:
-            return self.steps[step]
+            return hand_over(self.steps[step])
         except ShardError as error:
             return error

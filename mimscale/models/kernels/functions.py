@@ -72,7 +72,7 @@ def kernels_run(device: int | None = None) -> bool:
 
 
 def trial(
-    device: torch.device, dtype: torch.dtype = torch.bfloat16, tokens: int = 36, only: str | None = None
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, tokens: int = 36, only: str | None = None, heads: int = 2
 ) -> dict[str, float]:
     """Largest relative difference of each kernel's result and gradients from those of plain formulas in fp32.
 
@@ -81,10 +81,11 @@ def trial(
         dtype: of the kernels' arguments.
         tokens: of a window.
         only: the name of one kernel; None tries all.
+        heads: of the attention; as many images, of two windows each.
     """
     from mimscale.models.attention_core import attend_plainly
 
-    heads, windows = 2, 2
+    windows = 2
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -108,7 +109,7 @@ def trial(
         "attention": (
             lambda qkv, scale, bias: _WindowAttention.apply(qkv, scale, bias, regions),
             plain_attention,
-            [draw(2 * windows, tokens, 3 * width)],
+            [draw(heads * windows, tokens, 3 * width)],
             [10 + draw(heads, 1, 1), 4 * draw(heads, tokens, tokens)],
         ),
         "norm": (

@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from mimscale.files import write_beside, write_text
+from mimscale.files import parse_json, write_beside, write_text
 from mimscale.models.encoder import Encoder, Part
 from mimscale.models.factory import create_encoder
 from mimscale.models.preprocessing import Preprocessing
 from mimscale.models.weights.parts import ExportError, encoder_parts
-from mimscale.models.weights.released import all_weights, load_state, read_checkpoint, saved_buffers
+from mimscale.models.weights.released import (
+    all_weights,
+    load_state,
+    match_checkpoint,
+    read_checkpoint,
+    saved_buffers,
+)
+from mimscale.models.weights.safetensors_header import Header, read_header
 from mimscale.registry import encoders
+from mimscale.wording import counted, printable
 
 SETTINGS_KEY, IMAGES_KEY, PACKAGE_KEY = "mimscale.encoder", "mimscale.images", "mimscale.package"
+# Of what a file says of its encoder: characters, the largest number, and bytes of tables that follow from it.
+LONGEST_SETTINGS, LARGEST_SETTING, LARGEST_TABLES = 1 << 16, 1 << 20, 1 << 29
 Read = Callable[[str], torch.Tensor]
 
 
@@ -38,6 +47,7 @@ def write_safetensors(
         metadata: strings to be kept with it.
 
     Raises:
+        ExportError: a tensor is not of its shape.
         OSError: it cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -53,7 +63,10 @@ def write_safetensors(
     with write_beside(path, durable=True) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
-            file.write(_tensor(part, read).numpy().data)
+            tensor = _tensor(part, read)
+            if list(tensor.shape) != header[part.name]["shape"]:
+                raise ExportError(f"{printable(part.name)} has the shape {tuple(tensor.shape)}, not the model's")
+            file.write(tensor.numpy().data)
 
 
 def _tensor(part: Part, read: Read) -> torch.Tensor:
@@ -93,7 +106,9 @@ def export_weights(model: Any, kind: str, output: Path, read: Read | None = None
         write_safetensors(output, encoder_parts(names), shapes, read, settings)
         return [output]
     if kind not in kinds(encoder):
-        raise ExportError(f"--to {kind}: a {encoder.made_from['name']} can be written as {', '.join(kinds(encoder))}")
+        raise ExportError(
+            f"--to {printable(kind, 60)}: a {encoder.made_from['name']} can be written as {', '.join(kinds(encoder))}"
+        )
     if not hasattr(model, "reconstruct"):
         raise ExportError(f"--to {kind} is for a pre-training; a fine-tuned encoder goes --to safetensors")
     if kind == "released":
@@ -126,20 +141,59 @@ def ending(kind: str, model: Any) -> str:
 
 
 def exported_settings(path: str | Path) -> dict[str, Any] | None:
-    """Read from a file of ``mimscale export RUN --to safetensors`` what makes its encoder; ``None`` for other files."""
-    try:
-        return _settings(_metadata(path)[SETTINGS_KEY])
-    except (OSError, SafetensorError, KeyError):
+    """Read from a file of ``mimscale export RUN --to safetensors`` what makes its encoder; ``None`` for other files.
+
+    Raises:
+        ValueError: it says what, but in settings that make no encoder.
+    """
+    if Path(path).suffix != ".safetensors":
         return None
+    said = _header(path).metadata.get(SETTINGS_KEY)
+    return None if said is None else _settings(said, printable(path))
 
 
-def _metadata(path: str | Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+def _header(path: str | Path) -> Header:
+    try:
+        return read_header(path)
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or error)
+        raise ValueError(f"{printable(path)} cannot be read as safetensors ({reason})") from None
 
 
-def _settings(text: str) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+def _object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object, its lists as tuples."""
+    try:
+        values = parse_json(text) if len(text) <= LONGEST_SETTINGS else None
+    except ValueError as error:
+        raise ValueError(f"{what} are no JSON: {printable(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} are no JSON object of {LONGEST_SETTINGS:,} characters at most")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _settings(text: str, where: str) -> dict[str, Any]:
+    """The arguments of ``create_encoder`` in a file: plain, and of a size that an encoder may have."""
+    settings = _object(text, f"the settings of the encoder in {where}")
+    if not isinstance(settings.get("name"), str):
+        raise ValueError(f"the settings of the encoder in {where} lack its name")
+    for key, value in settings.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            numeric = isinstance(part, int | float)
+            if (numeric and not abs(part) <= LARGEST_SETTING) or not (numeric or part is None or isinstance(part, str)):
+                raise ValueError(
+                    f"the settings of the encoder in {where} have {printable(key, 60)}={printable(value, 60)}, which is no "
+                    f"number up to {LARGEST_SETTING:,}, text, or list of them"
+                )
+    return settings
+
+
+def _preprocessing(text: str | None, where: str) -> Preprocessing | None:
+    if text is None:
+        return None
+    try:
+        return Preprocessing.from_json(_object(text, "they"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not say how its images are made ({IMAGES_KEY}: {printable(error)})") from None
 
 
 def load(path: str | Path, **overrides: Any) -> Encoder:
@@ -157,26 +211,23 @@ def load(path: str | Path, **overrides: Any) -> Encoder:
         ValueError: not such a file, or overrides that its weights do not fit.
     """
     path = Path(path)
-    try:
-        metadata = _metadata(path)
-        settings = _settings(metadata[SETTINGS_KEY])
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
-    except KeyError:
+    where = printable(path)
+    metadata = _header(path).metadata
+    if SETTINGS_KEY not in metadata:
         raise ValueError(
-            f"{path} does not say which encoder it holds: it was not written by mimscale export --to safetensors; "
+            f"{where} does not say which encoder it holds: it was not written by mimscale export --to safetensors; "
             "make the encoder with create_encoder and use load_released"
-        ) from None
+        )
+    settings = _settings(metadata[SETTINGS_KEY], where)
     if settings["name"] not in encoders:
         package = metadata.get(PACKAGE_KEY, "").partition(".")[0]
         what = f"'{package}', " if package.isidentifier() else ""
         # A file may say which package it needs, but what a file says is never imported.
         raise ValueError(
-            f"{path} holds the encoder '{settings['name']}', which is not registered: first import the package {what}"
-            "which has it"
+            f"{where} holds the encoder '{printable(settings['name'], 60)}', which is not registered: first import the "
+            f"package {what}which has it"
         )
-    said = metadata.get(IMAGES_KEY)
-    images = Preprocessing.from_json(json.loads(said)) if said else None
+    images = _preprocessing(metadata.get(IMAGES_KEY), where)
     return remade(settings, overrides, read_checkpoint(path), str(path), images)
 
 
@@ -205,11 +256,13 @@ def remade(
     asked, had = overrides.get("num_classes"), settings.get("num_classes")
     kept = {**settings, **overrides}
     if asked is None or asked == had:
-        kept["num_classes"] = had
+        # A classifier that the weights lack is not made only to be taken away.
+        kept["num_classes"] = had if asked or any(name.startswith("head.") for name in state) else 0
     else:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    with torch.device("meta"):
-        encoder: Any = create_encoder(**kept)
+    # On the meta device first: what the settings ask for must be what the weights are, before memory is taken for it.
+    encoder: Any = on_meta(kept, len(state), source)
+    match_checkpoint(encoder, state, source)
     if kept["num_classes"] or len(list(encoder.buffers())) > len(saved_buffers(encoder)):
         encoder = create_encoder(**kept)  # a new classifier keeps its starting values, and tables are worked out
     else:
@@ -218,6 +271,39 @@ def remade(
     if images is not None:
         encoder.preprocessing = images.at(encoder.img_size[0]) if "img_size" in overrides else images
     return encoder.eval() if asked else without_head(encoder.eval())
+
+
+def on_meta(settings: Mapping[str, Any], tensors: int, source: str) -> Any:
+    """Make an encoder on the meta device, of settings from an untrusted place.
+
+    Args:
+        settings: arguments of ``create_encoder``.
+        tensors: how many there are for it, which bounds its depth.
+        source: of the settings, for the error.
+
+    Raises:
+        ValueError: they make no encoder, or one that does not go with that many tensors.
+    """
+    for key in ("depth", "depths"):
+        blocks = settings.get(key)
+        blocks = blocks if isinstance(blocks, tuple) else (blocks,)
+        if sum(part for part in blocks if isinstance(part, int | float)) > tensors:
+            raise ValueError(
+                f"{printable(source)} says {key}={printable(settings[key], 60)} of {counted(tensors, 'tensor')}"
+            )
+    try:
+        with torch.device("meta"):
+            encoder: Any = create_encoder(**settings)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
+        # Settings of other types or sizes than an encoder's, told by whatever they come upon first.
+        raise ValueError(f"the settings in {printable(source)} make no encoder: {printable(error)}") from None
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in encoder.buffers())
+    if tables > LARGEST_TABLES:
+        raise ValueError(
+            f"the settings in {printable(source)} ask for {counted(tables, 'byte')} of position tables, more than "
+            f"{LARGEST_TABLES:,}"
+        )
+    return encoder
 
 
 def without_head(encoder: Any) -> Any:

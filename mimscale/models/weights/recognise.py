@@ -50,7 +50,9 @@ def recognise_swin(state: Mapping[str, Tensor]) -> SwinShape:
     stages = sorted({stage for stage, _ in blocks})
     projection = head.get("patch_embed.proj.weight")
     scales = [head.get(f"layers.{stage}.blocks.0.attn.logit_scale") for stage in stages]
-    missing = [] if projection is not None and projection.ndim == 4 else ["patch_embed.proj.weight"]
+    missing = (
+        [] if projection is not None and projection.ndim == 4 and projection.numel() else ["patch_embed.proj.weight"]
+    )
     missing += [] if stages == list(range(len(stages))) and stages else ["layers.0.blocks.0"]
     missing += [
         f"layers.{s}.blocks.0.attn.logit_scale" for s, v in zip(stages, scales, strict=True) if v is None or not v.ndim
@@ -80,10 +82,15 @@ def recognise_swin(state: Mapping[str, Tensor]) -> SwinShape:
 def _window(head: Mapping[str, Tensor], stage: int) -> int | None:
     """Side of a stage's window, from whichever table the file kept."""
     index = head.get(f"layers.{stage}.blocks.0.attn.relative_position_index")
-    if index is not None and index.ndim == 2:
+    if index is not None and index.ndim == 2 and len(index) == index.shape[1] > 0:
         return math.isqrt(len(index))
     table = head.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
-    return (table.shape[1] + 1) // 2 if table is not None and table.ndim == 4 else None
+    return (table.shape[1] + 1) // 2 if table is not None and _is_table(table) else None
+
+
+def _is_table(table: Tensor) -> bool:
+    """Whether it is a table of offsets, (1, 2w - 1, 2w - 1, 2)."""
+    return table.ndim == 4 and table.shape[1] == table.shape[2] > 0 and table.shape[3] == 2
 
 
 def _extra_norm_every(blocks: list[tuple[int, int]], head: Mapping[str, Tensor]) -> int:
@@ -106,7 +113,8 @@ def stored_windows(state: Mapping[str, Tensor]) -> list[int] | None:
     windows = []
     for name, table in sorted(state.items()):
         if name.endswith(".blocks.0.attn.relative_coords_table"):
-            reach = 2 ** (3 * float(table.flatten()[-1])) - 1
+            last = float(table[0, -1, -1, -1]) if _is_table(table) and len(table) else 0.0
+            reach = 2 ** (3 * last) - 1 if 0 < last < 10 else 0
             if reach <= 0:
                 return None
             windows.append(1 + round(8 * ((table.shape[1] + 1) // 2 - 1) / reach))

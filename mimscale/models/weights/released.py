@@ -1,8 +1,5 @@
 """Weights in: the checkpoints that the papers' authors released, in their names, all or nothing."""
 
-import argparse
-import pickle
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,14 +10,21 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mimscale.models.weights.safetensors_header import read_header
+from mimscale.models.weights.torch_file import read_torch
+from mimscale.wording import counted, printable
+
 # Tables that follow from sizes alone; the released code stored them beside the weights.
 _TABLES = ("relative_coords_table", "relative_position_index", "attn_mask")
+
+# Of what does not fit, so many are listed.
+LISTED = 10
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint does not fit the model; the message lists every name that does not."""
+    """A checkpoint does not fit the model; the message lists the names that do not, ten of them at most."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -37,14 +41,15 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         ValueError: no such file, or not a file of weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
+    where = printable(path)
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {where}")
     try:
-        stored: Any = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        stored: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or error)
         raise ValueError(
-            f"{path} is not a file of weights that can be read safely ({reason}); "
+            f"{where} is not a file of weights that can be read safely ({reason}); "
             'a torch file must hold tensors only: save it again as {"model": state_dict}'
         ) from error
     for key in ("model", "state_dict"):
@@ -52,20 +57,22 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             stored = stored[key]
             break
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, torch.Tensor) for v in stored.values()):
-        raise ValueError(f'{path} holds no dict of tensors, neither bare nor under "model"')
+        raise ValueError(f'{where} holds no dict of tensors, neither bare nor under "model"')
+    if not all(isinstance(name, str) for name in stored):
+        raise ValueError(f"{where} holds tensors whose names are no text")
+    told, size = sum(value.numel() * value.element_size() for value in stored.values()), path.stat().st_size
+    # A tensor may repeat its numbers, so that a small file tells of any size; tied weights are there twice at most.
+    if told > 2 * size:
+        raise ValueError(f"{where} tells of {counted(told, 'byte')} of tensors in {counted(size, 'byte')}")
     return dict(stored)
 
 
-def _read_torch(path: Path) -> Any:
-    # The released training code stored its settings beside the weights; a plain dict stands in for their class.
-    allowed: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
-    with torch.serialization.safe_globals(allowed):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    read_header(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
 
 
 def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,12 +141,39 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], source
         for name, value in state.items()
         if name in shapes and tuple(value.shape) != shapes[name]
     ]
+    problems += [
+        f"another type: {name} is {value.dtype} in the file, {parameters[name].dtype} in the model"
+        for name, value in state.items()
+        if name in shapes and not value.is_meta and value.is_floating_point() != parameters[name].is_floating_point()
+    ]
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(printable(problem) for problem in problems[:LISTED])
+        more = f"\n  and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
         raise CheckpointMismatch(
-            f"{source} does not fit this {type(model).__name__}; nothing was loaded:\n  {listed}{_hint(state, shapes)}"
+            f"{printable(source)} does not fit this {type(model).__name__}; nothing was loaded:\n  {listed}{more}"
+            f"{_hint(state, shapes)}"
         )
     return {name: value for name, value in state.items() if name in shapes}
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """See that all weights are numbers in fp32.
+
+    Raises:
+        CheckpointMismatch: some are NaN or infinite; the first tensors are named.
+    """
+    broken = [name for name, value in state.items() if value.is_floating_point() and not _finite(value)]
+    if broken:
+        named = ", ".join(printable(name, 100) for name in broken[:5])
+        raise CheckpointMismatch(
+            f"{printable(source)} holds NaN or infinity in {counted(len(broken), 'tensor')} ({named}); nothing was "
+            "loaded: take an earlier checkpoint, or the file anew"
+        )
+
+
+def _finite(value: torch.Tensor) -> bool:
+    # In parts, so that a large tensor is not doubled.
+    return all(bool(torch.isfinite(part.float()).all()) for part in value.detach().reshape(-1).split(1 << 24))
 
 
 def _encoder_part(state: dict[str, torch.Tensor], wanted: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -201,6 +235,7 @@ def load_state(
 ) -> list[str]:
     """Load weights in the names of the models here, as :func:`load_released` does; ``source`` is theirs, for the error."""
     matched = match_checkpoint(model, state, source)
+    check_finite(matched, source)
     parameters = all_weights(model)
     with torch.no_grad():
         for name, value in matched.items():

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mimscale.schema import nearest
+from mimscale.schema import nearest, some
 from mimscale.study.analysis.laws import compute_unit
 from mimscale.study.analysis.loss_model import Condition, LossModel, Prediction
 from mimscale.study.results.cells import Cell, family, length
 from mimscale.study.results.result import Result, ResultsError
+from mimscale.wording import printable
 
 FARTHEST = 2  # times the longest training that was run: how far a choice of length may go
 STEPS = 41
@@ -54,8 +55,8 @@ class Predictor:
         known = {of(cell.first): cell.first for cell in self.grid}
         if name not in known:
             near = nearest(name, list(known))
-            hint = f"; did you mean '{near}'?" if near else ""
-            raise ResultsError(f"the study has no {what} '{name}'{hint} It has {', '.join(known)}")
+            hint = f"; did you mean '{near}'" if near else ""
+            raise ResultsError(f"the study has no {what} '{printable(name)}'{hint}. It has {some(list(known))}")
         return known[name]
 
     def condition(self, model: str, dataset: str, iterations: int) -> Condition:

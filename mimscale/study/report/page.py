@@ -13,6 +13,9 @@ from pathlib import Path
 
 from mimscale.files import write_bytes
 
+# What a cell of a table begins with where spreadsheets compute it.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -91,7 +94,17 @@ def _raw(value: Value) -> str | float:
     if value is None:
         return ""
     entry = _entry(value)
-    return entry.text if entry.raw is None else entry.raw
+    raw = entry.text if entry.raw is None else entry.raw
+    # A spreadsheet would take such a text for a formula.
+    return f"'{raw}" if isinstance(raw, str) and raw[:1] in FORMULA and not _reads_as_number(raw) else raw
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return text == "-"
+    return True
 
 
 @dataclass(frozen=True)

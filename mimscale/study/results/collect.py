@@ -14,6 +14,7 @@ from mimscale.study.results.result import SCORES, Point, Result, Status, write_j
 from mimscale.study.spec import Study
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.recipe import Recipe
+from mimscale.wording import printable
 
 CURVE_POINTS = 200
 
@@ -45,9 +46,9 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         about["start"] = origin.id
         about["scores"] = _scores(found or {})
     elif found:
-        last = found["validation"] or {}
+        last = _figures(found["validation"])
         about |= {key: last.get(key) for key in ("val_loss", "val_loss_l1", "val_loss_l2")}
-        about["train_loss"] = found["train_loss"]
+        about["train_loss"] = _figures(found).get("train_loss")
     if job.launcher == "pretrain" and with_curve:
         about["curve"] = tuple(curve(job, jobs, folder))
     there = folder.run(job).recipe.exists()
@@ -68,11 +69,21 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:
     """Scores of a fine-tuning's ``result.json``: its task's own, and what else of the paper's scores it measured."""
-    if found.get("value") is None:
+    if not _is_number(found.get("value")) or not isinstance(found.get("metric"), str):
         return {}
-    last = found["validation"]
+    last = _figures(found.get("validation"))
     others = {name: last[f"val_{name}"] for _, name in SCORES if f"val_{name}" in last}
-    return {found["metric"]: found["value"], **others}
+    return {printable(found["metric"], 60): found["value"], **others}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, infinite ones and NaN (of a run that diverged) among them."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _figures(values: Any) -> dict[str, Any]:
+    """What of a record are numbers."""
+    return {key: value for key, value in values.items() if _is_number(value)} if isinstance(values, dict) else {}
 
 
 def _status(found: dict[str, Any] | None, record: Record, there: bool) -> Status:
@@ -127,7 +138,8 @@ def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:
     end: int | None = None
     link: Job | None = job
     while link is not None:
-        own = [r for r in MetricsLog(folder.run(link).metrics).read() if end is None or r["step"] <= end]
+        logged = [_figures(record) for record in MetricsLog(folder.run(link).metrics).read()]
+        own = [r for r in logged if type(r.get("step")) is int and (end is None or r["step"] <= end)]
         records = own + records
         end = link.start.step if link.start else None
         link = jobs[link.start.job] if link.start else None
@@ -136,6 +148,8 @@ def curve(job: Job, jobs: dict[str, Job], folder: StudyFolder) -> list[Point]:
 
 def thin(records: list[dict[str, Any]]) -> list[Point]:
     """The curve of ``metrics.jsonl``'s lines; see :func:`curve`."""
+    # A line that something else wrote among them has no step, or a loss that is none.
+    records = [figures for record in records if type((figures := _figures(record)).get("step")) is int]
     measured = any("val_loss" in record for record in records)
     trained = sum("loss" in record for record in records)
     stride = max(1, trained // CURVE_POINTS)

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mimscale.data import ShardError, ShardIndex
 from mimscale.models import load_released
 from mimscale.models.decoders import DECODERS
 from mimscale.models.weights.recognise import SwinShape, recognise_swin
-from mimscale.models.weights.released import read_checkpoint
+from mimscale.models.weights.released import match_checkpoint, read_checkpoint, released_names
 from mimscale.schema import resolve
 from mimscale.study.results.published import published
 from mimscale.study.results.release_names import read_name
@@ -97,7 +98,12 @@ def measure(path: Path, shards: Path, recipe: Recipe, extra_norm_every: int, bat
     if "val" not in index.fractions:
         raise ShardError(f"{shards} has no split 'val'; build it with: mimscale shards build ... --val SRC")
     images = min(len(index.samples("val")), recipe.data.validation_images or sys.maxsize)
-    objective = build_objective(recipe, **({"extra_norm_every": extra_norm_every} if extra_norm_every else {}))
+    norms = {"extra_norm_every": extra_norm_every} if extra_norm_every else {}
+    # On the meta device first: what the file tells of must be there before memory is taken for it.
+    with torch.device("meta"):
+        model = build_objective(recipe, **norms).model
+    match_checkpoint(model, released_names(read_checkpoint(path)), str(path))
+    objective = build_objective(recipe, **norms)
     load_released(objective.model, path)
     found = validate(_Progress(objective, batch, images), recipe, index)
     if found is None:

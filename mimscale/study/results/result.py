@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from mimscale.files import read_json as read_json_file
 from mimscale.files import write_text
+from mimscale.wording import printable
 
 Status = Literal["done", "missing", "failed", "running", "stopped"]
 Kind = Literal["pretrain", "finetune"]
@@ -152,9 +154,52 @@ def read_json(path: Path) -> list[Result]:
         ResultsError: the file is damaged, or holds something else.
     """
     try:
-        return check(
-            Result(**{**values, "curve": tuple((p[0], p[1], p[2]) for p in values.get("curve", ()))})
-            for values in json.loads(path.read_text())
-        )
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise ResultsError(f"{path} holds no results of a study ({error}); collect them anew") from error
+        content = read_json_file(path)
+        if not isinstance(content, list):
+            raise ValueError("it is no list")
+        return check(_result(values, place) for place, values in enumerate(content))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"{printable(path)} holds no results of a study ({printable(error)}); collect them anew"
+        ) from error
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "None": (type(None),)}
+
+
+def _result(values: Any, place: int) -> Result:
+    """One entry of a file of results.
+
+    Raises:
+        ValueError: it is none; the key is named.
+    """
+    known = {each.name: str(each.type) for each in dataclasses.fields(Result)}
+    needed = ("cell", "kind", "model", "dataset", "iterations")
+    if not isinstance(values, dict) or not set(needed) <= values.keys() <= known.keys():
+        raise ValueError(f"entry {place} lacks one of {', '.join(needed)}, or has something else than a result's keys")
+    for key, value in values.items():
+        if key in ("architecture", "scores"):
+            fits = isinstance(value, dict) and (key != "scores" or all(map(_is_number, value.values())))
+        elif key == "curve":
+            fits = isinstance(value, list | tuple) and all(map(_is_point, value))
+        elif key in ("kind", "status"):
+            fits = value in get_args(Kind if key == "kind" else Status)
+        else:
+            kinds = [kind for word in known[key].split(" | ") for kind in _KINDS[word]]
+            fits = type(value) in kinds and (not isinstance(value, int) or abs(value) < 2**63)
+        if not fits:
+            raise ValueError(f"entry {place} has {key}={printable(value, 60)}, which is no {known[key]}")
+    return Result(**{**values, "curve": tuple((p[0], p[1], p[2]) for p in values.get("curve", ()))})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not abs(value) >= 2**63
+
+
+def _is_point(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and type(value[0]) is int
+        and all(loss is None or type(loss) in (int, float) for loss in value[1:])
+    )

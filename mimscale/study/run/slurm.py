@@ -23,10 +23,12 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
 
     Raises:
         StudyError: folders that do not belong to the study, or shards that are not set; nothing is queued then.
-        SlurmError: Slurm refuses a job; those before it stay queued, and submitting again continues behind them.
+        SlurmError: a text that no job file may hold, and nothing is queued; or Slurm refuses a job: those before it stay
+            queued, and submitting again continues behind them.
     """
     folder = StudyFolder(study)
     folder.check(jobs)
+    scripts = {job.id: _script(folder, job) for job in jobs.values()}
     with folder.alone():
         queued = folder.queued(jobs)
         _stop_overfitting(folder, jobs, queued)
@@ -42,7 +44,7 @@ def submit_study(study: Study, jobs: dict[str, Job]) -> int:
             elif record.state == "stopped" and study.stop_overfitting:
                 counts["stopped"] += 1
             else:
-                numbers[job.id] = _submit(folder, job, jobs, numbers, record)
+                numbers[job.id] = _submit(folder, job, jobs, numbers, record, scripts[job.id])
                 counts["submitted"] += 1
     words = {"submitted": "submitted", "queued": "queued before", "done": "done", "stopped": "stopped by verdicts"}
     print(", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key] or key == "submitted"))
@@ -60,24 +62,28 @@ def _stop_overfitting(folder: StudyFolder, jobs: dict[str, Job], queued: dict[st
                 cancel(number)
 
 
-def _submit(folder: StudyFolder, job: Job, jobs: dict[str, Job], numbers: dict[str, str], record: Record) -> str:
-    study, run = folder.study, folder.run(job).path
+def _script(folder: StudyFolder, job: Job) -> str:
     wanted, cluster = job.resources, folder.study.slurm
-    options = [f"--{key}={value}" for key, value in cluster.model_dump().items() if value is not None]
-    script = write_script(
+    return write_script(
         SlurmJob(
             recipe=Path(job.recipe_file),
             config=Path(wanted.deepspeed or ""),
-            output=run,
-            overrides=tuple(job.arguments(study)),
+            output=folder.run(job).path,
+            overrides=tuple(job.arguments(folder.study)),
             launcher=job.launcher,
             name=job.id,
             nodes=wanted.nodes or 1,
             gpus_per_node=wanted.gpus or 0,
             time=wanted.time or "24:00:00",
-            options=tuple(options),
+            cluster=tuple((key, value) for key, value in cluster.model_dump().items() if value is not None),
         )
     )
+
+
+def _submit(
+    folder: StudyFolder, job: Job, jobs: dict[str, Job], numbers: dict[str, str], record: Record, script: str
+) -> str:
+    run = folder.run(job).path
     path = folder.path / "jobs" / f"{job.id}.sbatch"
     write_text(path, script)
     run.mkdir(parents=True, exist_ok=True)  # Slurm opens the log in it before the job begins

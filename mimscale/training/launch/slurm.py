@@ -6,6 +6,7 @@ is requeued, is written there alone.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -16,12 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from mimscale.resources import DS_CONFIGS, FINETUNE_RECIPES, LAUNCHERS, RECIPES
+from mimscale.training.launch.job_file import NUMBER, TIME, TITLE, JobFile, SlurmError, checked, unfit_character
+from mimscale.wording import printable
 
 MARK = "# ---- nothing below needs an edit"
-
-
-class SlurmError(RuntimeError):
-    """A job that cannot be written or submitted; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class SlurmJob:
     """One training job.
 
     Relative paths count from the working directory. ``gpus_per_node=0`` trains on CPUs, with ``tasks_per_node`` ranks on
-    each node (else there is one rank a GPU). ``options`` are further options of sbatch, such as ``--partition=long``. The
-    job is asked to save and stop ``signal_seconds`` before its time limit; Slurm may do so up to a minute earlier.
+    each node (else there is one rank a GPU). ``options`` are further options of sbatch as a user writes them, such as
+    ``--partition=long``, and ``cluster`` those that a study has values for, such as ("partition", "long"). The job is asked to
+    save and stop ``signal_seconds`` before its time limit; Slurm may do so up to a minute earlier.
     """
 
     recipe: Path
@@ -46,6 +46,7 @@ class SlurmJob:
     time: str = "24:00:00"
     signal_seconds: int = 180
     options: tuple[str, ...] = ()
+    cluster: tuple[tuple[str, str], ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -55,36 +56,74 @@ class SlurmJob:
     @property
     def log(self) -> Path:
         """What all starts of the job print."""
-        return self.output.resolve() / "slurm.log"
+        return Path(os.path.realpath(self.output)) / "slurm.log"
 
 
 def write_script(job: SlurmJob) -> str:
-    """The text of the job's submission file. Its log lies in the run folder, which must be there when the job is submitted."""
-    body = (LAUNCHERS / "slurm" / f"{job.launcher}.sbatch").read_text()
-    asked = [f"--job-name={job.name}", f"--nodes={job.nodes}", f"--time={job.time}"]
-    asked.append(f"--ntasks-per-node={job.ranks // job.nodes}")
-    asked += [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
-    asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
-    log = str(job.log).replace("%", "%%")  # sbatch replaces %j and the like
-    kept = [f"--output={log}", "--open-mode=append", "--requeue", f"--signal=USR1@{job.signal_seconds}"]
+    """The text of the job's submission file. Its log lies in the run folder, which must be there when the job is submitted.
+
+    Raises:
+        SlurmError: a text of the job is not what its kind has to be, or is no path.
+    """
     kind = RECIPES if job.launcher == "pretrain" else FINETUNE_RECIPES
-    settings: dict[str, str | tuple[str, ...]] = {
-        "COMMAND": (sys.executable, str(LAUNCHERS / f"{job.launcher}.py")),
-        "CONFIG": str(DS_CONFIGS.find(job.config).resolve()),
-        "RECIPE": str(kind.find(job.recipe).resolve()),
-        "OUTPUT": str(job.output.resolve()),
-        "OVERRIDES": job.overrides,
-    }
-    lines = ["#!/bin/bash", *(f"#SBATCH {_sbatch_quoted(option)}" for option in (*asked, *kept, *job.options))]
-    lines += [f"{name}={_shell(value)}" for name, value in settings.items()]
-    return "\n".join(lines) + "\n" + body[body.index(MARK) :]
+    file = JobFile()
+    file.ask("job-name", job.name, TITLE)
+    file.ask("nodes", job.nodes)
+    file.ask("time", job.time, TIME)
+    file.ask("ntasks-per-node", job.ranks // job.nodes)
+    if job.gpus_per_node:
+        file.ask("gpus-per-node", job.gpus_per_node)
+    if job.cpus_per_task:
+        file.ask("cpus-per-task", job.cpus_per_task)
+    check_path("--output", job.output)  # before it is resolved, which a NUL in it would not survive
+    file.ask_for_file("output", job.log)
+    file.ask("open-mode", "append")
+    file.ask("requeue")
+    file.ask("signal", f"USR1@{job.signal_seconds}")
+    for name, value in job.cluster:
+        file.ask(name, value, source=f"slurm.{name}")
+    file.ask_as_given(job.options, "--sbatch")
+    file.set(
+        "COMMAND", (sys.executable, str(LAUNCHERS / f"{job.launcher}.py")), "the Python interpreter and the launcher"
+    )
+    file.set("CONFIG", _absolute(DS_CONFIGS.find(job.config), "--deepspeed_config"), "--deepspeed_config")
+    file.set("RECIPE", _absolute(kind.find(job.recipe), "the recipe's file"), "the recipe's file")
+    file.set("OUTPUT", _absolute(job.output, "--output"), "--output")
+    for override in job.overrides:
+        if override.startswith("-") or "=" not in override:
+            raise SlurmError(f"'{printable(override)}' is not key=value, such as train.iterations=1000")
+    file.set("OVERRIDES", job.overrides, "key=value")
+    body = (LAUNCHERS / "slurm" / f"{job.launcher}.sbatch").read_text(encoding="utf-8")
+    return file.text(body[body.index(MARK) :])
+
+
+def check_path(source: str, path: Path) -> None:
+    """Raise where a path holds a character that cannot be seen.
+
+    Raises:
+        SlurmError: naming it and ``source``, what the user calls the path.
+    """
+    if (unfit := unfit_character(str(path))) is not None:
+        raise SlurmError(f"{source}: '{printable(path)}' holds {unfit}, which no job file may hold")
+
+
+def _absolute(path: Path, source: str) -> str:
+    check_path(source, path)
+    return os.path.realpath(path)  # of a loop of links it is as it stands, and cannot be read
 
 
 def submission(script: Path, after: Sequence[str] = ()) -> list[str]:
-    """The command that queues a submission file, behind the jobs ``after``."""
+    """The command that queues a submission file, behind the jobs ``after``.
+
+    Raises:
+        SlurmError: one of them is no number of a job.
+    """
+    for number in after:
+        checked("--after", number, NUMBER)
     # A chain whose first link has failed would otherwise wait for ever.
     behind = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    return ["sbatch", *behind, str(script)]
+    place = str(script)
+    return ["sbatch", *behind, f"./{place}" if place.startswith("-") else place]
 
 
 def submit(script: Path, after: Sequence[str] = ()) -> str:
@@ -106,16 +145,8 @@ def submit(script: Path, after: Sequence[str] = ()) -> str:
             f"there is no sbatch here: run '{shlex.join(command)}' where Slurm's commands are, or train with deepspeed or "
             f"torchrun"
         )
-    done = subprocess.run([command[0], "--parsable", *command[1:]], capture_output=True, text=True)
+    done = subprocess.run([command[0], "--parsable", *command[1:]], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise SlurmError(f"Slurm refuses {script}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout.strip().partition(";")[0]  # the cluster's name may stand behind it
-
-
-def _shell(value: str | tuple[str, ...]) -> str:
-    return shlex.quote(value) if isinstance(value, str) else f"({shlex.join(value)})"
-
-
-def _sbatch_quoted(option: str) -> str:
-    """An option as sbatch reads it from a file: it splits at blanks, and a # begins a comment."""
-    return f'"{option}"' if any(sign in option for sign in " #\t") else option
+        raise SlurmError(f"Slurm refuses {script}: {printable((done.stderr or done.stdout).strip(), 2000)}")
+    # The cluster's name may stand behind it.
+    return checked("sbatch has queued the job, and its answer", done.stdout.strip().partition(";")[0], NUMBER)

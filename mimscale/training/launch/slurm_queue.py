@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from mimscale.training.launch.slurm import SlurmError
+from mimscale.training.launch.job_file import NUMBER, SlurmError, checked
 
 # Slurm's states of a job that will still do something, as the study calls them.
 STATES = {
@@ -30,7 +30,7 @@ def queued_jobs() -> dict[str, str]:
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--noheader", "--format=%i %T", f"--user={os.getuid()}", "--states=all"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SlurmError(f"squeue does not answer: {(done.stderr or done.stdout).strip()}")
     pairs = (line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
@@ -43,6 +43,7 @@ def cancel(number: str) -> None:
     Raises:
         SlurmError: Slurm refuses.
     """
-    done = subprocess.run(["scancel", number], capture_output=True, text=True)
+    command = ["scancel", checked("the number of a job to cancel", number, NUMBER)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SlurmError(f"scancel {number}: {(done.stderr or done.stdout).strip()}")

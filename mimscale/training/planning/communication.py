@@ -106,14 +106,16 @@ def predict(sizes: list[int], config: dict[str, Any], ranks: int, recomputed: Se
     group = 1 if group >= ranks else group  # of all ranks there is no second one
     known: set[int] = set()
     elements, calls, pieces = {False: 0, True: 0}, {False: 0, True: 0}, 0
-    for event in events * passes:
-        near = [index for index in event if group > 1 and index in known]
-        far = [index for index in event if group == 1 or index not in known]
-        for inside, part in ((True, near), (False, far)):
-            elements[inside] += sum(sizes[index] for index in part)
-            calls[inside] += bool(part)
-            pieces += len(part) * (group if inside else ranks) if len(part) > 1 else 0
-        known.update(event)
+    # The second pass finds what the first has left, and so do all after it.
+    for times in (1, passes - 1):
+        for event in events if times else ():
+            near = [index for index in event if group > 1 and index in known]
+            far = [index for index in event if group == 1 or index not in known]
+            for inside, part in ((True, near), (False, far)):
+                elements[inside] += times * sum(sizes[index] for index in part)
+                calls[inside] += times * bool(part)
+                pieces += times * len(part) * (group if inside else ranks) if len(part) > 1 else 0
+            known.update(event)
     return Traffic(
         ranks,
         reduce_scatter=count * unit * passes,

@@ -13,6 +13,9 @@ from mimscale.training.ds_config import (
     zero_stage,
 )
 
+# Images of a micro-batch.
+MOST = 2**40
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -100,7 +103,14 @@ def micro_batch_that_fits(
         world_size: ranks that share what is partitioned.
         budget: bytes.
     """
-    micro = 1
-    while plan_rank(sizes, (micro + 1) * activations, config, world_size).total <= budget:
-        micro += 1
-    return micro
+
+    def fits(micro: int) -> bool:
+        return plan_rank(sizes, micro * activations, config, world_size).total <= budget
+
+    low, high = 1, 2
+    while high < MOST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

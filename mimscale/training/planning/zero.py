@@ -13,6 +13,7 @@ from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.planning.memory import RankMemory, micro_batch_that_fits, plan_rank
 from mimscale.training.recipe import Recipe, RecipeError
+from mimscale.wording import printable
 
 # (ZeRO stage, what is offloaded), in the order of what they cost in communication.
 WAYS = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param")))
@@ -120,7 +121,8 @@ def measured_mfu(run: Path) -> float:
     Raises:
         RecipeError: the run has logged no step.
     """
-    found = [record["mfu"] for record in MetricsLog(run / "metrics.jsonl").read() if "mfu" in record]
+    logged = [record.get("mfu") for record in MetricsLog(run / "metrics.jsonl").read()]
+    found = [mfu for mfu in logged if isinstance(mfu, int | float) and not isinstance(mfu, bool) and 0 < mfu <= 10]
     if not found:
-        raise RecipeError(f"--measured {run}: there are no steps in its metrics.jsonl")
+        raise RecipeError(f"--measured {printable(run)}: there are no steps with an mfu in its metrics.jsonl")
     return statistics.median(found[len(found) // 10 :])

@@ -87,8 +87,8 @@ def build_objective(recipe: Recipe, **encoder: Any) -> MIMModule:
         kind = objectives.get(recipe.mim.objective)
     except RegistryError as error:
         raise RecipeError(str(error)) from None
-    settings = {"mask_token": kind.mask_token, **recipe.model.arguments(recipe.data.image_size), **encoder}
     try:
+        settings = {"mask_token": kind.mask_token, **recipe.model.arguments(recipe.data.image_size), **encoder}
         model = kind.from_settings(create_encoder(recipe.model.name, **settings), recipe.mim)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model in the recipe: {error}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mimscale.data import DamagedSample
 from mimscale.data.decode import read_rgb
 from mimscale.data.stream.augment import resize_and_centre_crop
 from mimscale.training.recipe import Recipe
@@ -18,7 +19,22 @@ def read_images(paths: list[Path], size: int) -> Tensor:
     Raises:
         DamagedSample: a file cannot be read or is no image; it is named.
     """
-    return torch.stack([resize_and_centre_crop(read_rgb(path), size, size, "bilinear") for path in paths])
+    return torch.stack([_crop(path, size) for path in paths])
+
+
+def read_whole_images(paths: list[Path], size: int) -> tuple[Tensor | None, list[str]]:
+    """As :func:`read_images`, of those that can be read; ``None`` where none can, and why the others cannot."""
+    crops, damaged = [], []
+    for path in paths:
+        try:
+            crops.append(_crop(path, size))
+        except DamagedSample as error:
+            damaged.append(error.reason)
+    return torch.stack(crops) if crops else None, damaged
+
+
+def _crop(path: Path, size: int) -> Tensor:
+    return resize_and_centre_crop(read_rgb(path), size, size, "bilinear")
 
 
 def random_masks(count: int, recipe: Recipe, seed: int) -> Tensor:

@@ -40,6 +40,11 @@ def rank_workers(asked: int | str, ranks: Ranks) -> int:
     return max(0, min(8, cores // ranks.local_world_size - 1))
 
 
+def few_images(images: int, batch: int) -> str:
+    """What it means to train on fewer images than a batch holds."""
+    return f"a batch of {batch} takes each of the {counted(images, 'image')} {batch / images:.1f} times, in crops of its own"
+
+
 def open_shards(recipe: Any) -> ShardIndex:
     """The index of a recipe's shards.
 
@@ -120,6 +125,19 @@ class Pretraining(Task):
             f"{self.recipe.model.name} with {self.recipe.mim.objective}, {self.flops_per_image / 3e9:.2f} GFLOPs an image "
             f"forward; {len(self.index.samples(data.fraction))} images ({data.fraction})"
         )
+
+    @override
+    def notices(self) -> list[str]:
+        data, batch = self.recipe.data, self.recipe.train.global_batch
+        said, images = [], len(self.index.samples(data.fraction))
+        if images < batch:
+            said.append(few_images(images, batch))
+        if "val" not in self.index.fractions:
+            said.append(
+                f"{data.shards} holds no images out: nothing will be validated and no reconstruction drawn "
+                "(mimscale shards build --val-share 5%, or --val SOURCE)"
+            )
+        return said
 
     @override
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:

@@ -20,7 +20,7 @@ from mimscale.training.errors import read_here
 from mimscale.training.faults.recovery import check_data
 from mimscale.training.planning.throughput import training_flops
 from mimscale.training.pretraining.module import normalise
-from mimscale.training.pretraining.task import data_position, open_shards, rank_workers, reading
+from mimscale.training.pretraining.task import data_position, few_images, open_shards, rank_workers, reading
 from mimscale.training.ranks import Ranks, gather
 from mimscale.training.recipe import RecipeError
 from mimscale.training.task import Evaluator, TaskBatch, ValidationResult
@@ -31,7 +31,7 @@ from mimscale.transfer.classification.recipe import ClassificationRecipe
 from mimscale.transfer.classification.scores import TOP, predict, read_ahead
 from mimscale.transfer.task import TransferTask
 from mimscale.transfer.weights import task_encoder
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 
 class Classifier(nn.Module):
@@ -78,6 +78,11 @@ class Classification(TransferTask):
         data = recipe.data
         self.index = open_shards(recipe)
         self.counts = ClassCounts.of(self.index, data.fraction)
+        if len(self.index.classes) < 2:
+            raise ShardError(
+                f"{data.shards} has one class, {self.index.classes[0]!r}: there is nothing to tell apart; build it from a folder "
+                "with a subfolder for each class"
+            )
         self.validated = data.validation in self.index.fractions
         if self.validated:
             check_labels(self.index, data.validation)
@@ -135,6 +140,26 @@ class Classification(TransferTask):
             f"({data.fraction}) of {len(self.index.classes)} classes"
             + (f", {len(self.counts.empty)} of them without an image" if self.counts.empty else "")
         )
+
+    @override
+    def notices(self) -> list[str]:
+        data, batch = self.recipe.data, self.recipe.train.global_batch
+        said, images = [], int(self.counts.images.sum())
+        if images < batch:
+            said.append(few_images(images, batch))
+        if self.counts.empty:
+            names = [self.index.classes[label] for label in self.counts.empty[:10]]
+            more = ", ..." if len(self.counts.empty) > 10 else ""
+            said.append(
+                f"{counted(len(self.counts.empty), 'class')} without a training image, never to be predicted: "
+                f"{', '.join(map(printable, names))}{more}"
+            )
+        if not self.validated:
+            said.append(
+                f"{data.shards} holds no images out: nothing will be validated (mimscale shards build --val-share 5%, or "
+                "--val SOURCE)"
+            )
+        return said
 
     @override
     def example(self, images: int) -> tuple[Tensor, ...]:

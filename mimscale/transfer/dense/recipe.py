@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import encoders
-from mimscale.schema import ChosenBy, Place, Positive, Section, key
+from mimscale.schema import (
+    ChosenBy,
+    Count,
+    Deviations,
+    Means,
+    Place,
+    Positive,
+    Probability,
+    Section,
+    Side,
+    Span,
+    Workers,
+    key,
+)
 from mimscale.transfer.recipe import FinetuneRecipe, transfer_settings
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 # Where the data lies may change between two starts: that it is the same data is checked by its digest.
@@ -25,21 +34,17 @@ class DenseData(Section):
     validation_images: Positive | None = key(
         None, "Validate on so many held-out images, evenly spread; null for all.", free=True
     )
-    image_size: Positive = key(..., "Side of the training crops, pixels.")
-    jitter: tuple[float, float] = key(..., "Factors between which a training image's scale is drawn.")
-    flip: Share = key(0.5, "Probability that a training image is flipped left to right.", "section 3.5")
-    mean: tuple[float, float, float] = key(
+    image_size: Side = key(..., "Side of the training crops, pixels.")
+    jitter: Span = key(..., "Factors between which a training image's scale is drawn.")
+    flip: Probability = key(0.5, "Probability that a training image is flipped left to right.", "section 3.5")
+    mean: Means = key(
         (0.485, 0.456, 0.406), "Subtracted from the channels R, G, B, which are 0 to 1.", "ImageNet, released code"
     )
-    std: tuple[float, float, float] = key(
-        (0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code"
-    )
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+    std: Deviations = key((0.229, 0.224, 0.225), "What the channels are then divided by.", "ImageNet, released code")
+    workers: Workers | Literal["auto"] = key(
         "auto", "Decoding processes of each rank, 0 for none; auto shares the machine's cores.", free=True
     )
-    max_damaged: Annotated[int, Field(ge=0)] = key(
-        100, "How many damaged images are skipped before the run stops.", free=True
-    )
+    max_damaged: Count = key(100, "How many damaged images are skipped before the run stops.", free=True)
 
 
 def pyramid_settings(name: str) -> type[EncoderSettings]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import numpy as np
 from pycocotools import mask as run_lengths
 
 from mimscale.data import ShardError
+from mimscale.transfer.detection.annotations import read_content
+from mimscale.wording import printable
 
 
 @dataclass(frozen=True)
@@ -83,24 +84,6 @@ class Instances:
         return np.bincount(self.labels - 1, minlength=len(self.classes))
 
 
-def read_content(file: Path) -> dict[str, Any]:
-    """A COCO file's content.
-
-    Raises:
-        ShardError: it is not there, is no JSON, or lacks a section.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise ShardError(f"{file}: {error.strerror}; give a file such as COCO's instances_train2017.json") from None
-    except ValueError as error:
-        raise ShardError(f"{file} is no JSON: {error}") from None
-    for section in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise ShardError(f"{file} has no list '{section}', which a file in COCO's form has")
-    return content
-
-
 def read_instances(file: Path, folder: Path, keep_empty: bool) -> Instances:
     """Read and check annotations and the names of their images.
 
@@ -112,37 +95,22 @@ def read_instances(file: Path, folder: Path, keep_empty: bool) -> Instances:
         keep_empty: keep images without an object; to learn from, they are left out.
 
     Raises:
-        ShardError: an image is not there, an object has a class or an image that the file lacks or a mask of another size,
-            or numbers are duplicated.
+        ShardError: the file is not as COCO writes it (see :func:`~mimscale.transfer.detection.annotations.read_content`), or an
+            image is not there.
     """
-    content = read_content(file)
-    try:
-        return _pack(content, file, folder, keep_empty)
-    except ShardError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardError(f"{file} is not in COCO's form: {type(error).__name__} {error} while reading it") from None
+    return _pack(read_content(file), file, folder, keep_empty)
 
 
 def _pack(content: dict[str, Any], file: Path, folder: Path, keep_empty: bool) -> Instances:
     categories = sorted(content["categories"], key=lambda entry: entry["id"])
     label_of = {entry["id"]: place + 1 for place, entry in enumerate(categories)}
     images = {entry["id"]: entry for entry in content["images"]}
-    for what, entries, distinct in (("categories", categories, label_of), ("images", content["images"], images)):
-        if len(distinct) != len(entries):
-            twice = [n for n, count in Counter(entry["id"] for entry in entries).items() if count > 1]
-            raise ShardError(f"{file}: {what} have the same number: {twice[:5]}")
     _check_there(images, file, folder)
     left_out: Counter[str] = Counter()
     objects: dict[int, list[tuple[int, Any]]] = {number: [] for number in images}
     for entry in content["annotations"]:
-        image, where = images.get(entry["image_id"]), f"{file}: annotation {entry['id']}"
-        if image is None:
-            raise ShardError(f"{where} is of image {entry['image_id']}, which the file does not list")
-        if entry["category_id"] not in label_of:
-            known = ", ".join(map(str, list(label_of)[:8]))
-            raise ShardError(f"{where} has category {entry['category_id']}; the file lists {known}, ...")
-        shape, reason = _usable(entry, (image["height"], image["width"]), where)
+        image = images[entry["image_id"]]
+        shape, reason = _usable(entry, (image["height"], image["width"]))
         if reason is not None:
             left_out[reason] += 1
         else:
@@ -151,7 +119,7 @@ def _pack(content: dict[str, Any], file: Path, folder: Path, keep_empty: bool) -
     if len(kept) < len(images):
         left_out["images without an object"] = len(images) - len(kept)
     if not kept:
-        raise ShardError(f"{file} has no image with an object to learn from; left out: {dict(left_out)}")
+        raise ShardError(f"{printable(file)} has no image with an object to learn from; left out: {dict(left_out)}")
     flat = [item for number in kept for item in objects[number]]
     rings = [shape if isinstance(shape, list) else [] for _, shape in flat]
     runs = [b"" if isinstance(shape, list) else shape for _, shape in flat]
@@ -175,7 +143,7 @@ def _pack(content: dict[str, Any], file: Path, folder: Path, keep_empty: bool) -
         file=file,
         folder=folder,
         names=names,
-        classes=[str(entry["name"]) for entry in categories],
+        classes=[printable(entry["name"]) for entry in categories],
         categories=numbers,
         left_out=dict(left_out),
         build=digest.hexdigest()[:16],
@@ -200,34 +168,27 @@ def _check_there(images: dict[int, Any], file: Path, folder: Path) -> None:
         if name not in present[below]:
             absent.append(entry["file_name"])
     if absent:
-        some = ", ".join(absent[:3])
+        some = ", ".join(printable(name, 100) for name in absent[:3])
         raise ShardError(
-            f"{len(absent)} of the {len(images)} images that {file} lists are not in {folder}: {some}; give the folder that "
-            f"holds them, or take them out of the file"
+            f"{len(absent)} of the {len(images)} images that {printable(file)} lists are not in "
+            f"{printable(folder)}: {some}; give the folder that holds them, or take them out of the file"
         )
 
 
-def _usable(entry: dict[str, Any], size: tuple[int, int], where: str) -> tuple[Any, str | None]:
-    """An object's outline (a list of rings) or run-lengths (bytes), or why it is left out."""
-    if entry.get("iscrowd"):
+def _usable(entry: dict[str, Any], size: tuple[int, int]) -> tuple[Any, str | None]:
+    """A checked object's outline (a list of rings) or run-lengths (bytes), or why it is left out."""
+    if entry["iscrowd"]:
         return None, "crowds"
     box = entry["bbox"]
-    if len(box) != 4 or not all(math.isfinite(value) for value in box):
-        raise ShardError(f"{where} has the box {box}, not four numbers: left, top, width, height")
     inside = (min(box[0] + box[2], size[1]) - max(box[0], 0), min(box[1] + box[3], size[0]) - max(box[1], 0))
     if box[2] <= 0 or box[3] <= 0 or min(inside) <= 0:
         return None, "boxes without area"
-    shape = entry.get("segmentation")
+    shape = entry["segmentation"]
     if isinstance(shape, dict):
-        if tuple(shape["size"]) != size:
-            raise ShardError(
-                f"{where} has a mask of {shape['size'][1]} x {shape['size'][0]} pixels on an image of {size[1]} x {size[0]}"
-            )
         if isinstance(shape["counts"], list):
             shape = run_lengths.frPyObjects(shape, *size)
         counts = shape["counts"]
         counts = counts if isinstance(counts, bytes) else counts.encode()
         empty = not run_lengths.area({"size": list(size), "counts": counts})
         return (None, "objects without a mask") if empty else (counts, None)
-    rings = [ring for ring in shape or [] if len(ring) >= 6 and len(ring) % 2 == 0]
-    return (rings, None) if rings else (None, "objects without a mask")
+    return (shape, None) if shape else (None, "objects without a mask")

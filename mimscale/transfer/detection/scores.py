@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from mimscale.transfer.detection.coco import read_content
+from mimscale.transfer.detection.annotations import read_content
 
 # pycocotools' twelve figures start with these.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -83,7 +83,10 @@ def coco_figures(file: Path, found: list[dict[str, Any]], image_ids: list[int]) 
     """
     with _quietly():
         truth = COCO()
-        truth.dataset = {"info": {}, **read_content(file)}
+        content = read_content(file)
+        # An outline without an area is nothing that could be found.
+        content["annotations"] = [entry for entry in content["annotations"] if entry["segmentation"]]
+        truth.dataset = {**content, "info": {}}
         truth.createIndex()
         record: dict[str, float] = {}
         for kind, evaluated in KINDS.items():

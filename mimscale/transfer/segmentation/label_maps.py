@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mimscale.data import DamagedSample, ShardError
-from mimscale.data.decode import read_rgb
+from mimscale.data.decode import MAX_BYTES, opened, read_rgb
+from mimscale.files import read_bytes, read_text
 from mimscale.transfer.segmentation.upernet import IGNORED
+from mimscale.wording import counted, printable
 
 IMAGES = (".jpg", ".jpeg", ".png")
 LABELS = ".png"
+# Bytes of a list of classes, and how many there may be.
+LARGEST_CLASSES, MOST_CLASSES = 1 << 20, 20_000
+# Of a label picture, looked at together.
+_PIXELS_AT_ONCE = 1 << 22
 # Pillow's modes of pictures with one number a pixel.
 MODES = ("1", "L", "P", "I", "I;16")
 
@@ -27,16 +32,19 @@ def read_classes(file: Path) -> list[str]:
     Raises:
         ShardError: it cannot be read, holds none, or one twice.
     """
+    where = f"data.classes={printable(file)}"
     try:
-        lines = [line.rstrip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"data.classes={file}: {getattr(error, 'strerror', None) or error}") from None
+        lines = [line.rstrip() for line in read_text(file, LARGEST_CLASSES).splitlines() if line.strip()]
+    except OSError as error:
+        raise ShardError(f"{where}: {error.strerror or error}") from None
     if lines and lines[0].split("\t")[0].strip() == "Idx":
         lines = [line.split("\t")[-1].strip() for line in lines[1:]]
-    twice = sorted({name for name in lines if lines.count(name) > 1})
+    twice = sorted(name for name, count in Counter(lines).items() if count > 1)
     if not lines or twice:
-        raise ShardError(f"data.classes={file} names {f'{twice[0]!r} twice' if twice else 'no class'}")
-    return lines
+        raise ShardError(f"{where} names {f'{printable(twice[0], 100)!r} twice' if twice else 'no class'}")
+    if len(lines) > MOST_CLASSES:
+        raise ShardError(f"{where} names {counted(len(lines), 'class')}, more than {MOST_CLASSES:,}")
+    return [printable(line, 200) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -104,32 +112,46 @@ class LabelPictures:
         """
         pixels = read_rgb(self.images / self.names[number])
         path = self.labels / f"{Path(self.names[number]).stem}{LABELS}"
+        where = printable(path)
         try:
-            stored = path.read_bytes()
+            stored = read_bytes(path, MAX_BYTES)
         except OSError as error:
-            raise DamagedSample(f"{path}: {error.strerror}") from None
+            raise DamagedSample(f"{where}: {error.strerror or error}") from None
         try:
-            with Image.open(io.BytesIO(stored)) as picture:
-                mode, values = picture.mode, np.asarray(picture)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DamagedSample(f"{path} is no picture: {error}") from None
+            with opened(stored) as picture:
+                mode, (width, height) = picture.mode, picture.size
+                fits = mode in MODES and (height, width) == pixels.shape[:2]
+                values = np.asarray(picture) if fits else np.empty((0, 1), np.uint8)
+        except DamagedSample as error:
+            raise DamagedSample(f"{where} is no picture: {error.reason}") from None
         if mode not in MODES:
-            raise DamagedSample(f"{path} has colours (mode {mode}), where one number a pixel is the class")
-        values = values.astype(np.int64)
-        if values.shape != pixels.shape[:2]:
+            raise DamagedSample(f"{where} has colours (mode {mode}), where one number a pixel is the class")
+        if not fits:
             raise DamagedSample(
-                f"{path} has {values.shape[1]} x {values.shape[0]} pixels, its image {pixels.shape[1]} x {pixels.shape[0]}"
+                f"{where} has {width} x {height} pixels, its image {pixels.shape[1]} x {pixels.shape[0]}"
             )
+        labels = np.empty(values.shape, np.int16)
+        rows = max(1, _PIXELS_AT_ONCE // width)
+        for top in range(0, height, rows):
+            labels[top : top + rows] = self._labels(values[top : top + rows].astype(np.int64), where)
+        return pixels, labels
+
+    def _labels(self, values: np.ndarray, where: str) -> np.ndarray:
+        """Classes from 0 on, -1 where nothing is labelled, of a label picture's values.
+
+        Raises:
+            DamagedSample: a value is none of the classes, and not ignored.
+        """
         labels = values - self.first
         outside = (labels < 0) | (labels >= self.classes)
         said = outside & ~np.isin(values, self.ignored)
         if said.any():
             raise DamagedSample(
-                f"{path} has the label {values[said][0]}: classes are {self.first} to {self.first + self.classes - 1}, and "
+                f"{where} has the label {values[said][0]}: classes are {self.first} to {self.first + self.classes - 1}, and "
                 f"{', '.join(map(str, self.ignored)) or 'none'} is ignored"
             )
         labels[np.isin(values, self.ignored)] = IGNORED
-        return pixels, labels.astype(np.int16)
+        return labels
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -142,4 +164,4 @@ def _files(folder: Path, endings: tuple[str, ...]) -> list[tuple[str, int]]:
         with os.scandir(folder) as entries:
             return sorted((e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(endings))
     except OSError as error:
-        raise ShardError(f"{folder}: {error.strerror}") from None
+        raise ShardError(f"{printable(folder)}: {error.strerror}") from None

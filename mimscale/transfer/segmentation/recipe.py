@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mimscale.schema import Place, Positive, Section, key
-from mimscale.transfer.dense.recipe import DenseData, DenseRecipe, Share
+from mimscale.schema import Decay, Place, Probability, Section, Share, Side, Span, Width, key
+from mimscale.transfer.dense.recipe import DenseData, DenseRecipe
 
 
 class SegmentationData(DenseData):
@@ -18,16 +18,14 @@ class SegmentationData(DenseData):
     classes: Place | None = key(
         None, "File with the classes' names, one a line, or ADE20K's objectInfo150.txt.", free=True
     )
-    first_label: Annotated[int, Field(ge=0)] = key(
+    first_label: Annotated[int, Field(ge=0, le=65_535)] = key(
         1, "Value of the first class in label pictures; 0 for train ids such as Cityscapes'.", "ADE20K"
     )
-    ignored_labels: tuple[int, ...] = key(
+    ignored_labels: Annotated[tuple[Annotated[int, Field(ge=-65_535, le=65_535)], ...], Field(max_length=1000)] = key(
         (0,), "Values of pixels without a class; [255] for train ids such as Cityscapes'.", "ADE20K"
     )
-    image_size: Positive = key(
-        640, "Side of the training crops, and of the windows in evaluation, pixels.", "section 3.5"
-    )
-    jitter: tuple[float, float] = key(
+    image_size: Side = key(640, "Side of the training crops, and of the windows in evaluation, pixels.", "section 3.5")
+    jitter: Span = key(
         (0.5, 2.0),
         "Factors between which a training image's scale is drawn, times that of evaluation (`test_size`).",
         "section 3.5",
@@ -35,26 +33,26 @@ class SegmentationData(DenseData):
     photometric_distortion: bool = key(
         True, "Vary brightness, contrast, saturation and hue of training images.", "section 3.5"
     )
-    one_class: Annotated[float, Field(gt=0, le=1)] = key(
+    one_class: Share = key(
         0.75,
         "Share of a crop that one class may fill; above it another place is tried, up to ten times.",
         "Swin, UPerNet",
     )
-    test_size: tuple[Positive, Positive] = key(
+    test_size: tuple[Side, Side] = key(
         (640, 2560),
         "Images are scaled until their shorter side is the first or their longer one the second, pixels.",
         "section 3.5",
     )
-    stride: Positive = key(426, "Stride of the windows in evaluation, pixels.", "section 3.5")
+    stride: Side = key(426, "Stride of the windows in evaluation, pixels.", "section 3.5")
 
 
 class Decoder(Section):
     """UPerNet, and an auxiliary head on the map of stride 16."""
 
-    channels: Positive = key(512, "Channels of UPerNet.", "Swin, UPerNet")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "Dropout before the classifiers.", "Swin, UPerNet")
-    auxiliary_channels: Positive = key(256, "Channels of the auxiliary head.", "Swin, UPerNet")
-    auxiliary_weight: Share = key(0.4, "Weight of the auxiliary head's loss; 0 leaves it out.", "Swin, UPerNet")
+    channels: Width = key(512, "Channels of UPerNet.", "Swin, UPerNet")
+    dropout: Decay = key(0.1, "Dropout before the classifiers.", "Swin, UPerNet")
+    auxiliary_channels: Width = key(256, "Channels of the auxiliary head.", "Swin, UPerNet")
+    auxiliary_weight: Probability = key(0.4, "Weight of the auxiliary head's loss; 0 leaves it out.", "Swin, UPerNet")
 
 
 class SegmentationRecipe(DenseRecipe):

@@ -23,7 +23,7 @@ from mimscale.transfer.segmentation.pictures import SegmentationSheet, coloured,
 from mimscale.transfer.segmentation.recipe import SegmentationRecipe
 from mimscale.transfer.segmentation.scores import Confusion, slide
 from mimscale.transfer.segmentation.upernet import UPerNet, UPerNetHeads
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 
 class Segmentation(DenseTask):
@@ -90,7 +90,7 @@ class Segmentation(DenseTask):
             f"{self.flops_per_image / 3e9:.2f} GFLOPs an image forward; {counted(len(self.classes), 'class')} in "
             f"{counted(len(self.images.keys), 'image')}"
             + (
-                f"; left out, since one of image and labels is not there: {len(alone)} ({alone[0]}, ...)"
+                f"; left out, since one of image and labels is not there: {len(alone)} ({printable(alone[0], 100)}, ...)"
                 if alone
                 else ""
             )
@@ -130,7 +130,7 @@ class Segmentation(DenseTask):
         text = (
             f"mIoU {record['val_miou']:.2f}, {record['val_pixel_accuracy']:.2f} % of the pixels right, "
             f"{record['val_class_accuracy']:.2f} % of a class's, on {counted(images, 'image')}"
-            + "".join(f"; left out {key}: {reason}" for key, reason in list(self.damaged.items())[:3])
+            + "".join(f"; left out {printable(key, 100)}: {reason}" for key, reason in list(self.damaged.items())[:3])
         )
         return ValidationResult(record, text, {"segmentations": sheet.draw()})
 

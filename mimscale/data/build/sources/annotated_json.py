@@ -9,7 +9,6 @@ Paths are below the json file's own folder. Classes are numbered in the order of
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,9 +18,12 @@ from mimscale.data.build.listing import Found, unique
 from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.build.sources.image_folder import listed_images
 from mimscale.data.errors import ShardError
-from mimscale.wording import counted
+from mimscale.files import read_json
+from mimscale.wording import counted, printable
 
 _SHOWN = 5
+# Of the file; COCO's are a quarter of it.
+_MOST_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ListedClass(ScanTask):
 
 def _fail(path: Path, problem: str, examples: list[str]) -> ShardError:
     more = f" and {len(examples) - _SHOWN} more" if len(examples) > _SHOWN else ""
-    return ShardError(f"{path}: {problem}: {', '.join(examples[:_SHOWN])}{more}")
+    return ShardError(f"{path}: {problem}: {', '.join(printable(example, 100) for example in examples[:_SHOWN])}{more}")
 
 
 class AnnotatedJson(Source):
@@ -140,14 +142,30 @@ def _distinct(names: list[str], ids: list[Any]) -> list[str]:
     return [name if counted[name] == 1 else f"{name} {i}" for name, i in zip(names, ids, strict=True)]
 
 
+def _is_path(name: object) -> bool:
+    """Whether it is a text that a file can have as its path."""
+    try:
+        return isinstance(name, str) and 0 < len(name.encode()) < 4096 and "\0" not in name
+    except UnicodeEncodeError:
+        return False
+
+
 def _read(path: Path) -> dict[str, list[dict]]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path} cannot be read as json ({error})") from None
+        content = read_json(path, _MOST_BYTES)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read as json ({error.strerror or error})") from None
     wanted = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id",)}
     for part, keys in wanted.items():
         rows = content.get(part) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and all(k in row for k in keys) for row in rows):
             raise ShardError(f"{path} has no list '{part}' of objects with {' and '.join(keys)}")
+        for key in keys:
+            if key == "file_name":
+                if wrong := next((row[key] for row in rows if not _is_path(row[key])), None):
+                    raise ShardError(
+                        f"{path}: images need a file_name that is a path, not {printable(repr(wrong), 80)}"
+                    )
+            elif len({type(row[key]) for row in rows} - {int}) > 0 and {type(row[key]) for row in rows} != {str}:
+                raise ShardError(f"{path}: every '{key}' of '{part}' has to be a whole number, or every one a text")
     return content

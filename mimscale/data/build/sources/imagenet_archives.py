@@ -19,10 +19,12 @@ from pathlib import Path, PurePosixPath
 from mimscale.data import decode
 from mimscale.data.build.listing import Found, safe_part, unique
 from mimscale.data.build.source import ScanTask, Source
+from mimscale.data.build.sources.devkit import synsets
 from mimscale.data.build.sources.image_folder import FLAT_CLASS, IMAGE_SUFFIXES
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards.tar import Member, TarError, walk
-from mimscale.wording import counted
+from mimscale.files import open_regular, read_text
+from mimscale.wording import counted, printable
 
 
 def _text(name: bytes) -> str:
@@ -83,7 +85,7 @@ class ArchiveRange(ScanTask):
     def run(self) -> Found:
         """List the class; every image's structure is looked at."""
         found = Found(self.archive, self.label, labels=None if self.labels is None else [])
-        descriptor = os.open(self.archive, os.O_RDONLY)
+        descriptor = open_regular(self.archive)
         try:
             members = self._members(descriptor, found)
             skip = len(self.folder) + 1 if self.folder else 0
@@ -93,7 +95,8 @@ class ArchiveRange(ScanTask):
                     read = partial(_pread, descriptor, member.offset)
                     kind = decode.identify(read, member.size, self.thorough)
                 except (DamagedSample, OSError) as error:
-                    found.rejected.append((f"{self.archive}: {name}", str(error)))
+                    why = error.strerror if isinstance(error, OSError) else str(error)
+                    found.rejected.append((f"{self.archive}: {name}", why or "cannot be read"))
                     continue
                 prefix = self.prefix
                 if self.labels is not None and found.labels is not None:
@@ -111,12 +114,12 @@ class ArchiveRange(ScanTask):
 
 def _outer_members(path: Path) -> list[Member]:
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
             return [m for m in walk(file, 0, os.fstat(file.fileno()).st_size, str(path)) if m.is_file]
     except TarError as error:
         raise ShardError(f"{error}; the archive is damaged or incomplete, fetch it again") from None
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ShardError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 class ClassTars(Source):
@@ -228,7 +231,7 @@ class PlainTar(Source):
 def _require_known(path: Path, classes: list[str], label_of: dict[str, int]) -> None:
     if unknown := [name for name in classes if name not in label_of]:
         raise ShardError(
-            f"{path}: {counted(len(unknown), 'class')} not in the training images: {', '.join(unknown[:5])}"
+            f"{path}: {counted(len(unknown), 'class')} not in the training images: {', '.join(map(printable, unknown[:5]))}"
         )
 
 
@@ -250,25 +253,32 @@ def read_labels(path: Path, names: list[str]) -> dict[str, str | int]:
         ShardError: none of these, or not a class for every image.
     """
     try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path}: labels cannot be read ({error})") from None
+        lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    except OSError as error:
+        raise ShardError(f"{path}: labels cannot be read ({error.strerror or error})") from None
     if lines and all(len(line) == 2 for line in lines):
-        given = {PurePosixPath(name).name: int(value) if value.isdigit() else value for name, value in lines}
+        given = {PurePosixPath(name).name: int(value) if _is_number(value) else value for name, value in lines}
         if missing := [name for name in names if name not in given]:
-            raise ShardError(f"{path}: no label for {counted(len(missing), 'image')}, {missing[0]} among them")
+            raise ShardError(
+                f"{path}: no label for {counted(len(missing), 'image')}, {printable(missing[0])} among them"
+            )
         return {name: given[name] for name in names}
     if len(lines) != len(names) or any(len(line) != 1 for line in lines):
         raise ShardError(
             f"{path}: {counted(len(lines), 'label')} for {counted(len(names), 'image')}; write one a line, or lines of NAME CLASS"
         )
     values = [line[0] for line in lines]
-    if all(value.isdigit() for value in values):
+    if all(_is_number(value) for value in values):
         synset_of = _devkit_synsets(path)
         if unknown := sorted({value for value in values if int(value) not in synset_of}):
             raise ShardError(f"{path}: number {unknown[0]} is not in the devkit's meta.mat")
         values = [synset_of[int(value)] for value in values]
     return dict(zip(names, values, strict=True))
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a number of a class, or of the devkit's."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 def _devkit_synsets(labels: Path) -> dict[int, str]:
@@ -278,10 +288,7 @@ def _devkit_synsets(labels: Path) -> dict[int, str]:
     advice = "or give --val-labels a list of synsets, one an image"
     if table is None:
         raise ShardError(f"{labels} holds the devkit's numbers; put the devkit's meta.mat beside it, {advice}")
-    from scipy.io import loadmat
-
     try:
-        rows = loadmat(table, squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
-    except Exception as error:  # scipy raises whatever its parser trips on
-        raise ShardError(f"{table} is not the devkit's table ({error}); restore it, {advice}") from None
+        return synsets(table)
+    except ShardError as error:
+        raise ShardError(f"{error}; restore it, {advice}") from None
