@@ -144,6 +144,7 @@ def launch(
 
     from mimscale.data import ShardError
     from mimscale.training.errors import CheckpointError, RankLocalError, TrainingError
+    from mimscale.training.faults.lock import RunInUseError
     from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
@@ -153,7 +154,7 @@ def launch(
 
     try:
         trainer()(recipe, ds_config, start.output)
-    except (RecipeError, DeepSpeedConfigError, ShardError) as error:
+    except (RecipeError, DeepSpeedConfigError, ShardError, RunInUseError) as error:
         fail(error, everywhere=True)  # nothing has begun
     except (CheckpointError, TrainingError) as error:
         end(error, everywhere=True)
