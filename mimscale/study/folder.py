@@ -285,6 +285,6 @@ def _unset(job: Job) -> list[str]:
 
 def _half_written(path: Path, why: str) -> str:
     return (
-        f"{path} is half-written or damaged ({printable(why)}); remove it and run the study again: the run ends anew from its last "
-        "checkpoint"
+        f"{path} is half-written or damaged ({printable(why)}); remove it and run the study again: the run ends anew from "
+        "its last checkpoint"
     )
