@@ -89,7 +89,7 @@ class RunFolder:
         try:
             saved = self.saved_recipe(type(recipe))
         except RecipeError as error:
-            return str(error)
+            return printable(" ".join(str(error).split()), 600)
         differing = differences(saved, recipe, recipe.free_keys | {"train.iterations"}) if saved else []
         where = f"{printable(self.recipe)} is not what the checkpoint was trained with"
         return f"{where} ({'; '.join(differing)}: there against here)" if differing else ""

@@ -156,7 +156,7 @@ def test_a_clock_that_was_set_shows_no_time_before_now():
 
 def test_without_its_recipe_a_run_is_known_by_its_checkpoint(train, run):
     (run / "recipe.yaml").write_text("train: [")
-    with pytest.raises(RecipeError, match="holds a run of another recipe .*train.seed"):
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe .*train\.seed"):
         train(run, "train.seed=7")
     assert (run / "recipe.yaml").read_text() == "train: ["
 

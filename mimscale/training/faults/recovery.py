@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 from mimscale.schema import differences
@@ -67,12 +68,13 @@ def check_resumable(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) 
     """Raise unless ``recipe`` continues the run that is in the folder.
 
     A checkpoint says more surely than ``recipe.yaml`` what was trained; without one, a damaged ``recipe.yaml`` is no run.
+    Whoever has removed ``recipe.yaml`` wants no such check.
 
     Raises:
         RecipeError: it differs in something that changes losses; each key is listed with both values.
     """
     saved: RunRecipe | None = None
-    if start.source is not None and start.resumed:
+    if start.source is not None and start.resumed and os.path.lexists(folder.recipe):
         saved = stored_recipe(start.source.manifest["recipe"], str(start.source.path), type(recipe))
     else:
         with contextlib.suppress(DamagedRecipe):
