@@ -26,6 +26,8 @@ POLL_SECONDS = 0.2
 # A line says for whom this start waits, after so long.
 QUIET_SECONDS = 1.0
 _MOST_BYTES = 4096
+# Folders that this process holds: to the kernel, all of a process is one holder.
+_held: set[Path] = set()
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -49,11 +51,16 @@ def only_start(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
         OSError: the folder cannot be made or written.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # so that it has one name
+    place = folder.resolve()
+    if place in _held:
+        raise RunInUseError(f"{printable(folder)} is in use by this process already; nothing was touched")
     descriptor = _acquire(folder, wait)
+    _held.add(place)
     try:
         yield
     finally:
+        _held.discard(place)
         # Removed while it is held: who opened it before sees that it is gone, and makes a new one.
         with suppress(OSError):
             (folder / LOCK).unlink()
@@ -66,7 +73,13 @@ def only_start(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
 def _acquire(folder: Path, wait: float) -> int:
     began, said = time.monotonic(), False
     while True:
-        descriptor = _open(folder / LOCK)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _open(folder / LOCK)
+        except FileNotFoundError:
+            if time.monotonic() - began > wait + POLL_SECONDS:
+                raise
+            continue  # the other start ended, and removed the folder that it had made
         try:
             while not _take(descriptor, folder):
                 waited = time.monotonic() - began
@@ -122,7 +135,7 @@ def _say_unseen(folder: Path, why: str) -> None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
     except FileNotFoundError:
         return False
 
@@ -149,13 +162,11 @@ def _holder(descriptor: int) -> tuple[str, bool]:
 def _in_use(folder: Path, descriptor: int) -> str:
     holder, here = _holder(descriptor)
     gone = "" if here else f". Where that host is gone for good, remove {printable(folder / LOCK)}"
-    return (
-        f"{printable(folder)} is in use by {holder}; nothing was touched. Wait for it, end it, or choose another --output{gone}"
-    )
+    return f"{printable(folder)} is in use by {holder}; nothing was touched. Wait for it or end it{gone}"
 
 
 def local_only(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Why locks in ``folder`` are not seen on other hosts that share its file system; ``None`` where they are, or nobody shares it."""
+    """Why locks in ``folder`` are not seen on other hosts that share its file system; ``None`` where they are seen."""
     try:
         lines = mounts.read_text(errors="replace").splitlines()
     except OSError:
