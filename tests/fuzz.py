@@ -78,7 +78,9 @@ class Batch:
     def begin(self) -> None:
         """Start the process."""
         self.ear, mouth = _FORK.Pipe(duplex=False)
-        self.process = _FORK.Process(target=work, args=(self.kind, self.seeds, self.place, self.material, mouth, self.keep))
+        self.process = _FORK.Process(
+            target=work, args=(self.kind, self.seeds, self.place, self.material, mouth, self.keep)
+        )
         self.process.start()
         mouth.close()
         self.seed, self.phase, self.since, self.used, self.resident = self.seeds[0], "prepare", time.monotonic(), 0.0, 0
@@ -211,7 +213,9 @@ def tried(batches: list[Batch], jobs: int) -> Iterator[tuple[str, int, str, str,
 def _place(about: str) -> str:
     """The last lines of a traceback, by which faults are told apart."""
     lines = [line for line in about.strip().splitlines() if line.strip()]
-    frames = [line.strip() for line in lines if line.startswith("  File ") and "mimscale/" in line and "fuzz" not in line]
+    frames = [
+        line.strip() for line in lines if line.startswith("  File ") and "mimscale/" in line and "fuzz" not in line
+    ]
     return f"{frames[-1] if frames else ''} {lines[-1][:60] if lines else ''}"
 
 
@@ -221,7 +225,10 @@ def report(tallies: dict[str, Tally], found: dict[tuple[str, str, str], list[tup
         seeds = ", ".join(str(seed) for seed, _ in cases[:5])
         print(f"\n== {kind}: {outcome}, {len(cases)} of them (seeds {seeds})\n{cases[0][1].strip()[-3500:]}")
         print(f"   python tests/fuzz.py --replay {kind}:{cases[0][0]}")
-    print(f"\n{'kind':22}{'inputs':>8}{'refused':>9}{'accepted':>10}{'tracebacks':>12}{'hangs':>7}{'over memory':>13}{'writes elsewhere':>18}{'slowest':>10}{'most':>10}")  # fmt: skip
+    print(
+        f"\n{'kind':22}{'inputs':>8}{'refused':>9}{'accepted':>10}{'tracebacks':>12}{'hangs':>7}{'over memory':>13}"
+        f"{'writes elsewhere':>18}{'slowest':>10}{'most':>10}"
+    )
     whole = Tally()
     for kind, tally in [*tallies.items(), ("all", whole)]:
         c = tally.counts
@@ -264,7 +271,8 @@ def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int
         for kind in asked.kind:
             seeds = list(range(asked.seed, asked.seed + max(1, round(asked.rounds * KINDS[kind].share))))
             batches += [
-                Batch(kind, seeds[at : at + BATCH], folder / f"{kind}-{at}", folder / "material") for at in range(0, len(seeds), BATCH)
+                Batch(kind, seeds[at : at + BATCH], folder / f"{kind}-{at}", folder / "material")
+                for at in range(0, len(seeds), BATCH)
             ]
         found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
         for kind, seed, outcome, about, seconds, grown in tried(batches, asked.jobs):
@@ -282,7 +290,9 @@ def _replay(kind: str, seed: str, folder: Path) -> int:
     (folder / "material").mkdir()
     prepare(KINDS[kind].needs, folder / "material")
     bad = False
-    for _, _, outcome, about, seconds, grown in tried([Batch(kind, [int(seed)], folder / "try", folder / "material", keep=True)], 1):
+    for _, _, outcome, about, seconds, grown in tried(
+        [Batch(kind, [int(seed)], folder / "try", folder / "material", keep=True)], 1
+    ):
         print(f"{outcome} in {seconds:.1f} s, {grown / 2**20:.0f} MiB more\n{about}")
         bad = outcome in FAULTS
     print(f"the input: {folder / 'try/case/given'}")

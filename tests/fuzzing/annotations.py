@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fuzzing.case import Case, Reader, kind, material
-from fuzzing.data import photograph
-from fuzzing.mutations import bytes_mutated, clutter, file_mutated, json_mutated, lines_mutated
 from PIL import Image
 from pycocotools import mask as run_lengths
 
+from fuzzing.case import Case, Reader, kind, material
+from fuzzing.data import photograph
+from fuzzing.mutations import bytes_mutated, clutter, file_mutated, json_mutated, lines_mutated
 from mimscale.data import DamagedSample, ShardError
 from mimscale.transfer.detection.coco import read_instances
 from mimscale.transfer.segmentation.label_maps import LabelPictures, read_classes
@@ -76,7 +76,9 @@ def label_pictures(case: Case) -> Reader:
         path = rng.choice(sorted([*folder.glob("labels/*"), *folder.glob("images/*")]))
         if rng.random() < 0.4:
             mode = rng.choice(("1", "L", "P", "RGB", "RGBA", "LA", "I;16", "CMYK"))
-            Image.new("L" if mode == "I;16" else mode, rng.choice(((50, 40), (40, 50), (1, 1), (3000, 3000)))).save(path, "tiff" if mode == "CMYK" else "png")
+            Image.new("L" if mode == "I;16" else mode, rng.choice(((50, 40), (40, 50), (1, 1), (3000, 3000)))).save(
+                path, "tiff" if mode == "CMYK" else "png"
+            )
         else:
             file_mutated(path, bytes_mutated, case)
     else:

@@ -15,6 +15,10 @@ class Misfit(AssertionError):
     """What a reader did, though it raised nothing, is against what it promises; the message says what."""
 
 
+class Ended(Exception):
+    """A command that has ended with an error, as commands do; what it said."""
+
+
 @dataclass
 class Case:
     """One input.

@@ -6,18 +6,28 @@ import random
 import sys
 from pathlib import Path
 
-from fuzzing.case import Case, Misfit, Reader, kind
+import matplotlib.font_manager  # noqa: F401 - which looks for fonts once, by starting a program
+
+from fuzzing.case import Case, Ended, Misfit, Reader, kind
 from fuzzing.mutations import ODD_NUMBERS, ODD_TEXTS, bytes_mutated, clutter, file_mutated, json_mutated, tree_mutated
 from fuzzing.recipes import overrides, yaml_mutated
 from fuzzing.weights import newest, safetensors_mutated, sealed
-
 from mimscale import cli
 from mimscale.schema import known_keys
 from mimscale.training.recipe import Recipe
 
 
-def _call(words: list[str]) -> None:
-    """Run a command, and see that it ends as commands do."""
+def _call(words: list[str], also: str = "error: ") -> None:
+    """Run a command, and see that it ends as commands do.
+
+    Args:
+        words: of the command line.
+        also: what it says where it ends with a status.
+
+    Raises:
+        Ended: with a status that is not 0.
+        Misfit: in another way.
+    """
     before = len(sys.stderr.getvalue())  # type: ignore[attr-defined]
     try:
         status = cli.main(words)
@@ -26,10 +36,15 @@ def _call(words: list[str]) -> None:
     said = sys.stderr.getvalue()[before:]  # type: ignore[attr-defined]
     if status not in (0, 1, 2):
         raise Misfit(f"{words} ended with status {status}")
-    if status and "error: " not in said:
+    if status and also not in said:
         raise Misfit(f"{words} ended with status {status} and said nothing of an error: {said[-500:]!r}")
     if len(said) > 50_000:
         raise Misfit(f"{words} said {len(said):,} characters")
+    if status == 2 and "usage: " in said:  # argparse repeats the word that was typed, as it was typed
+        sys.stderr.truncate(before)
+        raise Ended(f"usage: {words!r}")
+    if status:
+        raise Ended(said[:15_000])
 
 
 def _odd(rng: random.Random) -> str:
@@ -61,7 +76,7 @@ def _spoilt_run(case: Case, name: str) -> Path:
     return run
 
 
-@kind("evaluate", needs=("tuned",), share=0.1)
+@kind("evaluate", Ended, needs=("tuned",), share=0.1)
 def evaluate(case: Case) -> Reader:
     """``mimscale evaluate``."""
     run, rng = _spoilt_run(case, "tuned"), case.rng
@@ -74,7 +89,7 @@ def evaluate(case: Case) -> Reader:
     return lambda: _call(words)
 
 
-@kind("predict", needs=("tuned", "images"), share=0.15)
+@kind("predict", Ended, needs=("tuned", "images"), share=0.15)
 def predict(case: Case) -> Reader:
     """``mimscale predict``."""
     run, rng = _spoilt_run(case, "tuned"), case.rng
@@ -82,22 +97,30 @@ def predict(case: Case) -> Reader:
     for path in rng.sample(images, 3):
         file_mutated(path, bytes_mutated, case, strange=0.3)
     where = f"{run}{rng.choice(('', '', '@10', '@7', '@x', '@99999999999999999999'))}"
-    return lambda: _call(["predict", *map(str, rng.sample(images, 5)), "--run", where, "--output", str(case.out / "said")])
+    return lambda: _call(
+        ["predict", *map(str, rng.sample(images, 5)), "--run", where, "--output", str(case.out / "said")]
+    )
 
 
-@kind("reconstruct", needs=("run", "images"), share=0.15)
+@kind("reconstruct", Ended, needs=("run", "images"), share=0.15)
 def reconstruct(case: Case) -> Reader:
     """``mimscale reconstruct``."""
     run, rng = _spoilt_run(case, "run"), case.rng
     images = sorted(case.copy("images").iterdir())
     for path in rng.sample(images, 3):
         file_mutated(path, bytes_mutated, case, strange=0.3)
-    given = [str(path) for path in rng.sample(images, 4)] if rng.random() < 0.7 else ["--count", rng.choice(("1", "2", "0", "-1", "9999", "x"))]
-    more = rng.choice(([], [], ["--step", rng.choice(("5", "7", "x", "9" * 30))], ["--seed", rng.choice(("1", "-1", "9" * 30))]))
+    given = (
+        [str(path) for path in rng.sample(images, 4)]
+        if rng.random() < 0.7
+        else ["--count", rng.choice(("1", "2", "0", "-1", "9999", "x"))]
+    )
+    more = rng.choice(
+        ([], [], ["--step", rng.choice(("5", "7", "x", "9" * 30))], ["--seed", rng.choice(("1", "-1", "9" * 30))])
+    )
     return lambda: _call(["reconstruct", str(run), *given, *more, "--output", str(case.out / "sheet.png")])
 
 
-@kind("probe", needs=("run", "weights"), share=0.1)
+@kind("probe", Ended, needs=("run", "weights"), share=0.1)
 def probe(case: Case) -> Reader:
     """``mimscale probe``."""
     rng = case.rng
@@ -111,11 +134,19 @@ def probe(case: Case) -> Reader:
     shards = case.copy("shards")
     if rng.random() < 0.5:
         file_mutated(rng.choice(sorted(shards.iterdir())), bytes_mutated, case)
-    more = rng.choice(([], [], ["--knn", rng.choice(("0", "1", "10", "-1", "9" * 12))], ["--fraction", _odd(rng)], ["--validation", _odd(rng)]))
+    more = rng.choice(
+        (
+            [],
+            [],
+            ["--knn", rng.choice(("0", "1", "10", "-1", "9" * 12))],
+            ["--fraction", _odd(rng)],
+            ["--validation", _odd(rng)],
+        )
+    )
     return lambda: _call(["probe", str(source), "--shards", str(shards), *more])
 
 
-@kind("plan-memory", needs=("recipes",), share=0.15)
+@kind("plan-memory", Ended, needs=("recipes",), share=0.15)
 def plan_memory(case: Case) -> Reader:
     """``mimscale plan-memory``."""
     rng = case.rng
@@ -127,17 +158,42 @@ def plan_memory(case: Case) -> Reader:
     elif way < 0.7:
         words = ["--recipe", "demo", *[text.replace("\0", "") for text in overrides(rng, known_keys(Recipe))]]
     else:
-        words = [rng.choice(("--model", "--gpus", "--gpu", "--memory", "--batch", "--deepspeed_config", "--recipe", "--write")), _odd(rng)]
+        words = [
+            rng.choice(
+                ("--model", "--gpus", "--gpu", "--memory", "--batch", "--deepspeed_config", "--recipe", "--write")
+            ),
+            _odd(rng),
+        ]
     return lambda: _call(["plan-memory", *words])
 
 
-@kind("bench", needs=("shards",), share=0.1)
+@kind("bench", Ended, needs=("shards",), share=0.1)
 def bench(case: Case) -> Reader:
     """``mimscale bench``, up to where it measures."""
     rng = case.rng
-    option = rng.choice(("--model", "--batch", "--image", "--window", "--device", "--zero", "--recipe", "--folder", "--steps", "--rounds", "--threads"))
+    option = rng.choice(
+        (
+            "--model",
+            "--batch",
+            "--image",
+            "--window",
+            "--device",
+            "--zero",
+            "--recipe",
+            "--folder",
+            "--steps",
+            "--rounds",
+            "--threads",
+        )
+    )
     which = rng.choice(("step", "memory", "data", "communication", "save", _odd(rng)))
-    words = [which, *([str(case.given / "nowhere")] if which == "data" else []), option, rng.choice(("0", "-1", "9" * 30, "nan", _odd(rng)))]
+    # Each ends before it measures: one option is always wrong.
+    wrong = {
+        "data": [str(case.given / "nowhere")],
+        "save": ["--deepspeed_config", "nowhere"],
+        "communication": ["--recipe", "nowhere"],
+    }
+    words = [which, *wrong.get(which, ["--window", "63"]), option, rng.choice(("0", "-1", "9" * 30, "nan", _odd(rng)))]
     if which == "data" and rng.random() < 0.7:
         shards = case.copy("shards")
         file_mutated(shards / rng.choice(("index.json", "samples.npy")), bytes_mutated, case, strange=0.5)
@@ -145,7 +201,7 @@ def bench(case: Case) -> Reader:
     return lambda: _call(["bench", *words])
 
 
-@kind("other-commands", needs=("run", "tuned", "weights", "shards"), share=0.3)
+@kind("other-commands", Ended, needs=("run", "tuned", "weights", "shards"), share=0.3)
 def others(case: Case) -> Reader:
     """``export``, ``status``, ``shards list`` and ``verify``, ``keys``, ``features`` and words that are no command."""
     rng = case.rng
@@ -157,32 +213,19 @@ def others(case: Case) -> Reader:
     if word == "status":
         run = _spoilt_run(case, "run")
         (run / "heartbeat/end.json").unlink()
-        return lambda: _status(["status", str(run), str(case.given)])
+        return lambda: _call(
+            ["status", str(run), str(case.given)], also=""
+        )  # a run that has died is no error of the command
     if word in ("list", "verify", "index"):
         shards = case.copy("shards")
         file_mutated(rng.choice(sorted(shards.iterdir())), bytes_mutated, case, strange=0.3)
         case.outputs.append(shards)
-        return lambda: _verify(["shards", word, str(shards), *([] if word == "list" else ["--workers", "1"])])
+        return lambda: _call(
+            ["shards", word, str(shards), *([] if word == "list" else ["--workers", "1"])],
+            also="problem" if word == "verify" else "error: ",
+        )
     if word == "keys":
         return lambda: _call(["keys", _odd(rng)])
     if word == "plan-communication":
         return lambda: _call(["plan-communication", rng.choice(("--recipe", "--gpus", "--zero")), _odd(rng)])
     return lambda: _call([_odd(rng), _odd(rng)])
-
-
-def _status(words: list[str]) -> None:
-    """A run that has died is no error of the command."""
-    try:
-        _call(words)
-    except Misfit as misfit:
-        if "said nothing of an error" not in str(misfit):
-            raise
-
-
-def _verify(words: list[str]) -> None:
-    """Damage is what verify is asked for."""
-    try:
-        _call(words)
-    except Misfit as misfit:
-        if words[1] != "verify" or "problem" not in str(misfit):
-            raise

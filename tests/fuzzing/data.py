@@ -14,12 +14,20 @@ from pathlib import Path
 import matplotlib.cbook
 import numpy as np
 import scipy.io
-from fuzzing.case import Case, Reader, kind, material
-from fuzzing.mutations import bytes_mutated, clutter, file_mutated, json_mutated, json_text, lines_mutated, replace_file, tree_mutated
 from PIL import Image
 
-from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream
-from mimscale.data import decode
+from fuzzing.case import Case, Reader, kind, material
+from fuzzing.mutations import (
+    bytes_mutated,
+    clutter,
+    file_mutated,
+    json_mutated,
+    json_text,
+    lines_mutated,
+    replace_file,
+    tree_mutated,
+)
+from mimscale.data import MIMStream, SampleOrder, ShardError, ShardIndex, ValidationStream, decode
 from mimscale.data.build import writer
 from mimscale.data.build.existing_tars import index_tars
 from mimscale.data.build.source import open_source
@@ -30,10 +38,21 @@ from mimscale.data.shards.format import Index, table_dtype
 from mimscale.data.shards.verify import verify
 
 FORMATS = {
-    "jpg": ("RGB", {"quality": 80}), "progressive.jpg": ("RGB", {"progressive": True, "format": "JPEG"}), "grey.jpg": ("L", {}),
-    "cmyk.jpg": ("CMYK", {}), "png": ("RGB", {}), "alpha.png": ("RGBA", {}), "palette.png": ("P", {}), "deep.png": ("I;16", {}),
-    "two.png": ("1", {}), "gif": ("P", {"save_all": True}), "webp": ("RGB", {}), "bmp": ("RGB", {}), "tiff": ("RGB", {}), "ppm": ("RGB", {}),
-}  # fmt: skip
+    "jpg": ("RGB", {"quality": 80}),
+    "progressive.jpg": ("RGB", {"progressive": True, "format": "JPEG"}),
+    "grey.jpg": ("L", {}),
+    "cmyk.jpg": ("CMYK", {}),
+    "png": ("RGB", {}),
+    "alpha.png": ("RGBA", {}),
+    "palette.png": ("P", {}),
+    "deep.png": ("I;16", {}),
+    "two.png": ("1", {}),
+    "gif": ("P", {"save_all": True}),
+    "webp": ("RGB", {}),
+    "bmp": ("RGB", {}),
+    "tiff": ("RGB", {}),
+    "ppm": ("RGB", {}),
+}
 
 
 @functools.cache
@@ -54,7 +73,9 @@ def make_images(folder: Path) -> None:
     folder.mkdir()
     for number, (name, (mode, options)) in enumerate(FORMATS.items()):
         image = photograph(number)
-        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        image = (
+            Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        )
         image.save(folder / f"image.{name}", **options)
 
 
@@ -131,7 +152,9 @@ def image(case: Case) -> Reader:
     def read() -> None:
         if path.is_file() and path.stat().st_size < 2**24:
             data = path.read_bytes()
-            decode.identify(lambda start, length: data[start : start + length], len(data), thorough=case.rng.random() < 0.5)
+            decode.identify(
+                lambda start, length: data[start : start + length], len(data), thorough=case.rng.random() < 0.5
+            )
         decode.read_rgb(path)
 
     return read
@@ -140,11 +163,20 @@ def image(case: Case) -> Reader:
 _OTHERS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch) print\n",
     b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
-    b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n", b"P6 65500 65500 255\n", b"P6\n100000 100000\n255\n", b"RIFF\xff\xff\xff\x7fWEBPVP8L" + b"\0" * 40,
-    b"II*\0\x08\0\0\0" + b"\xff" * 64, b"GIF89a\xff\xff\xff\xff\xf7\0\0" + b"\0" * 800 + b",\0\0\0\0\xff\xff\xff\xff\0\x08",
-    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x27\x10\0\0\x27\x0f\x08\x02\0\0\0" + b"\0" * 30, b"BM" + b"\0" * 16 + b"\xff\xff\xff\x7f" * 9, b"gimp xcf ", b"8BPS\0\x01" + b"\0" * 30,
-    b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 60, b"\0\0\0\x1cftypavif\0\0\0\0" + b"\0" * 60, b"qoif\xff\xff\xff\xff\xff\xff\xff\xff\x03\0",
-)  # fmt: skip
+    b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n",
+    b"P6 65500 65500 255\n",
+    b"P6\n100000 100000\n255\n",
+    b"RIFF\xff\xff\xff\x7fWEBPVP8L" + b"\0" * 40,
+    b"II*\0\x08\0\0\0" + b"\xff" * 64,
+    b"GIF89a\xff\xff\xff\xff\xf7\0\0" + b"\0" * 800 + b",\0\0\0\0\xff\xff\xff\xff\0\x08",
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x27\x10\0\0\x27\x0f\x08\x02\0\0\0" + b"\0" * 30,
+    b"BM" + b"\0" * 16 + b"\xff\xff\xff\x7f" * 9,
+    b"gimp xcf ",
+    b"8BPS\0\x01" + b"\0" * 30,
+    b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 60,
+    b"\0\0\0\x1cftypavif\0\0\0\0" + b"\0" * 60,
+    b"qoif\xff\xff\xff\xff\xff\xff\xff\xff\x03\0",
+)
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -166,7 +198,22 @@ def _use(root: Path) -> None:
                 continue
     if len(index) < 1000 and len(index.samples(index.largest_fraction)):
         SampleOrder(index, fraction=index.largest_fraction, seed=0).batch(0, 4)
-        next(iter(MIMStream(index, fraction=index.largest_fraction, seed=0, image_size=32, global_batch=2, rank=0, world_size=1, start_step=0, workers=0)), None)  # fmt: skip
+        next(
+            iter(
+                MIMStream(
+                    index,
+                    fraction=index.largest_fraction,
+                    seed=0,
+                    image_size=32,
+                    global_batch=2,
+                    rank=0,
+                    world_size=1,
+                    start_step=0,
+                    workers=0,
+                )
+            ),
+            None,
+        )
     if "val" in index.fractions:
         next(iter(ValidationStream(index, 32, 2)), None)
 
@@ -218,10 +265,14 @@ def samples(case: Case) -> Reader:
             values = (0, 1, -1, 255, 511, 512, 513, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, -(2**62))
             with np.errstate(all="ignore"):
                 if column == "key":
-                    table[column][rows] = rng.choice((b"", b"\xff\xfe", b"a\nb", b"../../x", b"\x1b[31m", b"class_0/image_0", b"/abs"))
+                    table[column][rows] = rng.choice(
+                        (b"", b"\xff\xfe", b"a\nb", b"../../x", b"\x1b[31m", b"class_0/image_0", b"/abs")
+                    )
                 else:
                     table[column][rows] = np.array(rng.choice(values), np.int64).astype(table.dtype[column])
-        table = rng.choice((table, table, table, table[::-1], table[:3], np.concatenate([table, table]), table.astype(table_dtype(40))))
+        table = rng.choice(
+            (table, table, table, table[::-1], table[:3], np.concatenate([table, table]), table.astype(table_dtype(40)))
+        )
         np.save(path, table)
     else:
         file_mutated(path, bytes_mutated, case, strange=0.1)
@@ -304,25 +355,73 @@ def tar_mutated(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 2)):
         at = rng.choice(headers or [0])
         block = bytearray(changed[at : at + 512])
-        start, end = rng.choice(((0, 100), (100, 108), (124, 136), (124, 136), (136, 148), (156, 157), (156, 157), (157, 257), (257, 265), (345, 500)))
+        start, end = rng.choice(
+            (
+                (0, 100),
+                (100, 108),
+                (124, 136),
+                (124, 136),
+                (136, 148),
+                (156, 157),
+                (156, 157),
+                (157, 257),
+                (257, 265),
+                (345, 500),
+            )
+        )
         new = rng.choice(
             (
-                b"7" * 11 + b"\0", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"\x80" + b"\0" * 10 + b"\x05", b"-0000000001\0", b"\xff" * 12, b"0" * 11 + b"\0",
-                b"00000000000\0", b"\0" * 12, b"x", b"g", b"L", b"K", b"S", b"1", b"2", b"5", b"6", b"../../victim/file.txt\0", b"/etc/passwd\0",
-                b"a\nb\x1b[31m.jpg\0", b"\xff\xfe.jpg\0", b"n" * 100, b".jpg\0", b"\0", b"00000001000\0", b"77777777777\0", rng.randbytes(12),
+                b"7" * 11 + b"\0",
+                b"\x80" + b"\0" * 3 + b"\xff" * 8,
+                b"\x80" + b"\0" * 10 + b"\x05",
+                b"-0000000001\0",
+                b"\xff" * 12,
+                b"0" * 11 + b"\0",
+                b"00000000000\0",
+                b"\0" * 12,
+                b"x",
+                b"g",
+                b"L",
+                b"K",
+                b"S",
+                b"1",
+                b"2",
+                b"5",
+                b"6",
+                b"../../victim/file.txt\0",
+                b"/etc/passwd\0",
+                b"a\nb\x1b[31m.jpg\0",
+                b"\xff\xfe.jpg\0",
+                b"n" * 100,
+                b".jpg\0",
+                b"\0",
+                b"00000001000\0",
+                b"77777777777\0",
+                rng.randbytes(12),
             )
-        )  # fmt: skip
-        block[start:end] = new[: end - start].ljust(end - start, b"\0") if rng.random() < 0.9 else rng.randbytes(end - start)
+        )
+        block[start:end] = (
+            new[: end - start].ljust(end - start, b"\0") if rng.random() < 0.9 else rng.randbytes(end - start)
+        )
         block[148:156] = b" " * 8
         block[148:156] = b"%06o\0 " % sum(block)
         changed[at : at + 512] = block
     if rng.random() < 0.25:
         records = rng.choice(
             (
-                b"30 size=-1\n", b"20 size=99999999999\n", b"11 path=a\n", b"0 path=a\n", b"-5 path=a\n", b"99999999 path=a\n", b"x" * 512, b"12 size=nan\n",
-                b"".join(b"%d k%d=v\n" % (len(str(i)) + 7, i) for i in range(20_000)), b"1000020 path=" + b"n" * 1_000_000 + b"\n", b"18 size=1e999999\n",
+                b"30 size=-1\n",
+                b"20 size=99999999999\n",
+                b"11 path=a\n",
+                b"0 path=a\n",
+                b"-5 path=a\n",
+                b"99999999 path=a\n",
+                b"x" * 512,
+                b"12 size=nan\n",
+                b"".join(b"%d k%d=v\n" % (len(str(i)) + 7, i) for i in range(20_000)),
+                b"1000020 path=" + b"n" * 1_000_000 + b"\n",
+                b"18 size=1e999999\n",
             )
-        )  # fmt: skip
+        )
         head = tarfile.TarInfo("./PaxHeaders/x")
         head.size, head.type = len(records), rng.choice((b"x", b"g", b"L", b"K", b"S"))
         whole = head.tobuf(tarfile.USTAR_FORMAT) + records + b"\0" * (-len(records) % 512)

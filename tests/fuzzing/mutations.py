@@ -16,20 +16,123 @@ from typing import Any
 from fuzzing.case import Case
 
 ODD_TEXTS = (
-    "", " ", "\0", "\n", "a\nb", "\x1b[31mred\x1b[0m", "\x07\x08", "\u202egnp.exe", "\u2028", "\ud800", "\U0010ffff", "é" * 300,
-    "../../../victim/file.txt", "/dev/zero", "/dev/stdin", "/proc/self/mem", "..", ".", "a/b", "~", "~root/x", "$HOME", "`id`",
-    "$(touch x)", "; touch x", "=1+1", "@SUM(1)", "-rf", "--help", "null", "NaN", "nan", "inf", "-inf", "true", "yes", "1e999",
-    "0x10", "1_000", "010", "1:30", "2024-01-01", "!!python/object/apply:os.system [id]", "%s%s%s%n", "{0.__class__}", "x" * 5000,
-    "9" * 400, "9" * 5000, "١٢٣", "step_00000010", "swinv2_s", "simmim", "http://127.0.0.1:1/x", "s3://x/y", "file:///etc/passwd",
-)  # fmt: skip
+    "",
+    " ",
+    "\0",
+    "\n",
+    "a\nb",
+    "\x1b[31mred\x1b[0m",
+    "\x07\x08",
+    "\u202egnp.exe",
+    "\u2028",
+    "\ud800",
+    "\U0010ffff",
+    "é" * 300,
+    "../../../victim/file.txt",
+    "/dev/zero",
+    "/dev/stdin",
+    "/proc/self/mem",
+    "..",
+    ".",
+    "a/b",
+    "~",
+    "~root/x",
+    "$HOME",
+    "`id`",
+    "$(touch x)",
+    "; touch x",
+    "=1+1",
+    "@SUM(1)",
+    "-rf",
+    "--help",
+    "null",
+    "NaN",
+    "nan",
+    "inf",
+    "-inf",
+    "true",
+    "yes",
+    "1e999",
+    "0x10",
+    "1_000",
+    "010",
+    "1:30",
+    "2024-01-01",
+    "!!python/object/apply:os.system [id]",
+    "%s%s%s%n",
+    "{0.__class__}",
+    "x" * 5000,
+    "9" * 400,
+    "9" * 5000,
+    "١٢٣",
+    "step_00000010",
+    "swinv2_s",
+    "simmim",
+    "http://127.0.0.1:1/x",
+    "s3://x/y",
+    "file:///etc/passwd",
+)
 ODD_NUMBERS = (
-    0, 1, -1, 2, 3, 7, 255, 256, -256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64,
-    -(2**63), 10**11, 10**30, 10**400, 0.0, -0.0, 0.5, -0.5, 1e-300, 1e300, 1e38, -1e38, float("nan"), float("inf"), float("-inf"),
-)  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    255,
+    256,
+    -256,
+    65535,
+    65536,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**11,
+    10**30,
+    10**400,
+    0.0,
+    -0.0,
+    0.5,
+    -0.5,
+    1e-300,
+    1e300,
+    1e38,
+    -1e38,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+)
 ODD_NAMES = (
-    b"a b", b"-rf", b"\xff\xfe", b"new\nline", b"\x1b[2J", b"n" * 255, "\u202eevil.png".encode(), b"=cmd", b"'quote", b'"', b"$(id)", b"...",
-    b"%s", b"#", b"~", b"\\", b"tab\there", b"dot.", b"CON", "ü".encode(), "u\u0308".encode(), b".hidden",
-)  # fmt: skip
+    b"a b",
+    b"-rf",
+    b"\xff\xfe",
+    b"new\nline",
+    b"\x1b[2J",
+    b"n" * 255,
+    "\u202eevil.png".encode(),
+    b"=cmd",
+    b"'quote",
+    b'"',
+    b"$(id)",
+    b"...",
+    b"%s",
+    b"#",
+    b"~",
+    b"\\",
+    b"tab\there",
+    b"dot.",
+    b"CON",
+    "ü".encode(),
+    "u\u0308".encode(),
+    b".hidden",
+)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
@@ -59,13 +162,22 @@ def _flip(data: bytes, rng: random.Random) -> bytes:
 
 def _set(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + bytes(rng.choice((0, 1, 0x20, 0x2D, 0x30, 0x7F, 0x80, 0xFF, rng.randrange(256))) for _ in range(rng.choice((1, 1, 4, 16)))) + data[at + 1 :]  # fmt: skip
+    return (
+        data[:at]
+        + bytes(
+            rng.choice((0, 1, 0x20, 0x2D, 0x30, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+            for _ in range(rng.choice((1, 1, 4, 16)))
+        )
+        + data[at + 1 :]
+    )
 
 
 def _number(data: bytes, rng: random.Random) -> bytes:
     at, order, width = _place(data, rng), rng.choice("<>"), rng.choice("BHIQ")
     size = struct.calcsize(width)
-    value = rng.choice((0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1, len(data)))
+    value = rng.choice(
+        (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1, len(data))
+    )
     return data[:at] + struct.pack(order + width, value % 2 ** (8 * size)) + data[at + size :]
 
 
@@ -85,14 +197,20 @@ def _repeat(data: bytes, rng: random.Random) -> bytes:
 
 def _insert(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    new = rng.choice((b"\0" * 8, b"\xff" * 8, b"\r\n", b"\x1b[31m", b"\xef\xbb\xbf", b"9" * 50, rng.randbytes(16), b"\0" * 4096))
+    new = rng.choice(
+        (b"\0" * 8, b"\xff" * 8, b"\r\n", b"\x1b[31m", b"\xef\xbb\xbf", b"9" * 50, rng.randbytes(16), b"\0" * 4096)
+    )
     return data[:at] + new + data[at:]
 
 
 def _swap(data: bytes, rng: random.Random) -> bytes:
     a, b = sorted((_place(data, rng), _place(data, rng)))
     size = rng.choice((1, 4, 16, 512))
-    return data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :] if b >= a + size else data
+    return (
+        data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
+        if b >= a + size
+        else data
+    )
 
 
 def _digits(data: bytes, rng: random.Random) -> bytes:
@@ -101,16 +219,40 @@ def _digits(data: bytes, rng: random.Random) -> bytes:
     if not places:
         return _flip(data, rng)
     at = rng.choice(places)
-    return data[:at] + rng.choice((b"-1", b"0", b"7", b"9" * 12, b"8" * 30, b"1e9", b".5", b"777", b"NaN")) + data[at + 1 :]
+    return (
+        data[:at]
+        + rng.choice((b"-1", b"0", b"7", b"9" * 12, b"8" * 30, b"1e9", b".5", b"777", b"NaN"))
+        + data[at + 1 :]
+    )
 
 
 def _noise(data: bytes, rng: random.Random) -> bytes:
-    return rng.choice((b"", rng.randbytes(rng.choice((1, 8, 100, 5000))), data + rng.randbytes(50), data * 2, b"\0" * len(data), data[::-1]))
+    return rng.choice(
+        (
+            b"",
+            rng.randbytes(rng.choice((1, 8, 100, 5000))),
+            data + rng.randbytes(50),
+            data * 2,
+            b"\0" * len(data),
+            data[::-1],
+        )
+    )
 
 
 BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    _flip, _flip, _set, _number, _number, _cut, _drop, _repeat, _insert, _swap, _digits, _noise,
-)  # fmt: skip
+    _flip,
+    _flip,
+    _set,
+    _number,
+    _number,
+    _cut,
+    _drop,
+    _repeat,
+    _insert,
+    _swap,
+    _digits,
+    _noise,
+)
 
 
 # -- values of JSON, YAML and the like ---------------------------------------------------------------------------------
@@ -119,7 +261,13 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 def odd_value(rng: random.Random, depth: int = 0) -> Any:
     """Something that nobody expects."""
     if depth > 2 or rng.random() < 0.75:
-        return rng.choice((lambda: rng.choice(ODD_TEXTS), lambda: rng.choice(ODD_NUMBERS), lambda: rng.choice((None, True, False, [], {}))))()
+        return rng.choice(
+            (
+                lambda: rng.choice(ODD_TEXTS),
+                lambda: rng.choice(ODD_NUMBERS),
+                lambda: rng.choice((None, True, False, [], {})),
+            )
+        )()
     if rng.random() < 0.5:
         return [odd_value(rng, depth + 1) for _ in range(rng.choice((1, 2, 4, 30)))]
     return {rng.choice(ODD_TEXTS): odd_value(rng, depth + 1) for _ in range(rng.choice((1, 3)))}
@@ -147,7 +295,9 @@ def tree_mutated(value: Any, rng: random.Random, most: int = 3) -> Any:
             value = odd_value(rng)
             continue
         inner, old = _at(value, tuple(way)), _at(value, (*way, last))
-        what = rng.choice(("odd", "odd", "odd", "near", "near", "type", "remove", "rename", "add", "many", "deep", "another", "long"))
+        what = rng.choice(
+            ("odd", "odd", "odd", "near", "near", "type", "remove", "rename", "add", "many", "deep", "another", "long")
+        )
         if what == "odd":
             inner[last] = odd_value(rng)
         elif what == "near":
@@ -182,12 +332,29 @@ def _near(old: Any, rng: random.Random) -> Any:
         return rng.choice((-old, old + 1, old - 1, old * 1000, old / 2, float(old), old * 10**9, str(old), 0))
     if isinstance(old, str):
         at = rng.randrange(len(old) + 1)
-        return rng.choice((old[:at] + rng.choice(ODD_TEXTS[:11]) + old[at:], old[:at], old * 50, old.upper(), old + "\n", " " + old))
+        return rng.choice(
+            (old[:at] + rng.choice(ODD_TEXTS[:11]) + old[at:], old[:at], old * 50, old.upper(), old + "\n", " " + old)
+        )
     if isinstance(old, list):
-        return rng.choice((old[:-1], old[::-1], old * 2, old[:1], [*old, old[-1] if old else 0], {str(i): v for i, v in enumerate(old)}))
+        return rng.choice(
+            (
+                old[:-1],
+                old[::-1],
+                old * 2,
+                old[:1],
+                [*old, old[-1] if old else 0],
+                {str(i): v for i, v in enumerate(old)},
+            )
+        )
     if isinstance(old, dict):
         return rng.choice((list(old.items()), list(old), dict(list(old.items())[:-1])))
     return 0
+
+
+def depth_of(value: Any) -> int:
+    """How deep a value is nested."""
+    inner = value.values() if isinstance(value, dict) else value[:50] if isinstance(value, list) else ()
+    return 1 + max(map(depth_of, inner), default=0)
 
 
 def json_mutated(data: bytes, rng: random.Random) -> bytes:
@@ -242,7 +409,9 @@ def lines_mutated(data: bytes, rng: random.Random) -> bytes:
             lines[at] = rng.choice((" ", "\t", "- ", "  ")) + lines[at]
         elif what == "word":
             words = lines[at].split(" ")
-            words[rng.randrange(len(words))] = str(rng.choice((rng.choice(ODD_TEXTS), rng.choice(ODD_NUMBERS[:-4]) if rng.random() < 0.5 else 10**20)))
+            words[rng.randrange(len(words))] = str(
+                rng.choice((rng.choice(ODD_TEXTS), rng.choice(ODD_NUMBERS[:-4]) if rng.random() < 0.5 else 10**20))
+            )
             lines[at] = " ".join(words)
         else:
             lines[at:at] = [rng.choice(ODD_TEXTS)] * 3000
@@ -255,13 +424,30 @@ def lines_mutated(data: bytes, rng: random.Random) -> bytes:
 
 def rewrite(path: Path, how: Callable[[bytes, random.Random], bytes], rng: random.Random) -> None:
     """Change the content of a file."""
-    path.write_bytes(how(path.read_bytes(), rng))
+    if path.is_file() and path.stat().st_size < 2**26:  # not what it was replaced by before
+        path.write_bytes(how(path.read_bytes(), rng))
 
 
 def replace_file(path: Path, case: Case) -> None:
     """Put something that is no plain file, or a strange one, in the place of a file."""
     rng = case.rng
-    what = rng.choice(("pipe", "zero", "loop", "victim", "nowhere", "folder", "huge", "empty", "socket", "missing", "random", "self", "void"))
+    what = rng.choice(
+        (
+            "pipe",
+            "zero",
+            "loop",
+            "victim",
+            "nowhere",
+            "folder",
+            "huge",
+            "empty",
+            "socket",
+            "missing",
+            "random",
+            "self",
+            "void",
+        )
+    )
     case.notes.append(f"{path.name} is replaced: {what}")
     content = path.read_bytes() if path.is_file() else b""
     with suppress(FileNotFoundError):
@@ -306,7 +492,10 @@ def file_mutated(path: Path, how: Callable[[bytes, random.Random], bytes], case:
 def clutter(folder: Path, case: Case, most: int = 4) -> None:
     """Put strange entries into a folder."""
     for _ in range(case.rng.randint(1, most)):
-        name = os.fsdecode(case.rng.choice(ODD_NAMES) + case.rng.choice((b"", b"", b".jpg", b".json", b".tar", b".png"))[: case.rng.choice((0, 5))])
+        name = os.fsdecode(
+            case.rng.choice(ODD_NAMES)
+            + case.rng.choice((b"", b"", b".jpg", b".json", b".tar", b".png"))[: case.rng.choice((0, 5))]
+        )
         path = folder / name[:240]
         if os.path.lexists(path):
             continue

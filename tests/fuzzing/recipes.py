@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
 
 import yaml
+
 from fuzzing.case import Case, Reader, kind, material
 from fuzzing.mutations import (
     ODD_NUMBERS,
     ODD_TEXTS,
     bytes_mutated,
+    depth_of,
     file_mutated,
     json_mutated,
     lines_mutated,
     tree_mutated,
 )
-
 from mimscale.schema import known_keys
 from mimscale.study.jobs import build_graph
 from mimscale.study.spec import Study, StudyError, load_study
@@ -46,8 +48,12 @@ def yaml_mutated(data: bytes, rng: random.Random) -> bytes:
     if way < 0.4:
         return rng.choice(
             (
-                lambda: b"a: &a [x, x]\nb: &b [*a, *a]\n" + b"".join(b"c%d: &c%d [*b, *b]\n" % (i, i) for i in range(40)),
-                lambda: b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9) if i else b"1") for i in range(12)),
+                lambda: (
+                    b"a: &a [x, x]\nb: &b [*a, *a]\n" + b"".join(b"c%d: &c%d [*b, *b]\n" % (i, i) for i in range(40))
+                ),
+                lambda: b"".join(
+                    b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9) if i else b"1") for i in range(12)
+                ),
                 lambda: b"[" * 3000,
                 lambda: b"{a: " * 3000,
                 lambda: b"model: &m\n  name: *m\n",
@@ -62,12 +68,14 @@ def yaml_mutated(data: bytes, rng: random.Random) -> bytes:
                 lambda: data + b"<<: {train: {seed: 1}}\n",
                 lambda: data.replace(b"\n", b"\r"),
                 lambda: data.decode().encode("utf-16"),
-                lambda: data + b"x: \"\\U00110000\"\n",
+                lambda: data + b'x: "\\U00110000"\n',
                 lambda: data + b"x: '" + b"y" * 2_000_000 + b"'\n",
                 lambda: b"\t" + data,
             )
-        )()  # fmt: skip
+        )()
     changed = tree_mutated(yaml.safe_load(data), rng)
+    if depth_of(changed) > 50:
+        return json.dumps(changed).encode()  # which is YAML, too, and PyYAML writes nothing so deep
     if rng.random() < 0.05:
         return bytes_mutated(yaml.safe_dump(changed, sort_keys=False).encode(), rng)
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=rng.random() < 0.5).encode("utf-8", "replace")
@@ -81,10 +89,25 @@ def _value(rng: random.Random) -> str:
             lambda: repr([rng.choice((1, 2, 4, 8, 0, -1, 0.5, 10**11)) for _ in range(rng.choice((0, 1, 2, 4, 5000)))]),
             lambda: "{" + rng.choice(ODD_TEXTS) + ": 1}",
             lambda: "[" * rng.choice((1, 100, 5000)),
-            lambda: rng.choice(("true", "false", "null", "~", "swinv2_b", "vit_b", "mae", "simmim", "classification", "linear", "auto", "full")),
+            lambda: rng.choice(
+                (
+                    "true",
+                    "false",
+                    "null",
+                    "~",
+                    "swinv2_b",
+                    "vit_b",
+                    "mae",
+                    "simmim",
+                    "classification",
+                    "linear",
+                    "auto",
+                    "full",
+                )
+            ),
             lambda: str(rng.choice((1, 2, 6, 7, 8, 12, 16, 32, 64, 96, 192, 224, 1000))),
         )
-    )()  # fmt: skip
+    )()
 
 
 def overrides(rng: random.Random, keys: list[str]) -> list[str]:
@@ -94,8 +117,21 @@ def overrides(rng: random.Random, keys: list[str]) -> list[str]:
         name = rng.choice(keys)
         way = rng.random()
         if way < 0.1:
-            name = rng.choice((name[:-1], name + "x", name.upper(), name + ".x", "." + name, name.replace(".", ".."), name + ".0", *ODD_TEXTS))
-        found.append(rng.choice((f"{name}={_value(rng)}",) * 9 + (name, "=", f"={name}", f"{name}==1", f"{name}= {_value(rng)}")))
+            name = rng.choice(
+                (
+                    name[:-1],
+                    name + "x",
+                    name.upper(),
+                    name + ".x",
+                    "." + name,
+                    name.replace(".", ".."),
+                    name + ".0",
+                    *ODD_TEXTS,
+                )
+            )
+        found.append(
+            rng.choice((f"{name}={_value(rng)}",) * 9 + (name, "=", f"={name}", f"{name}==1", f"{name}= {_value(rng)}"))
+        )
     return found
 
 
@@ -103,10 +139,14 @@ def _use(recipe: Recipe, rng: random.Random) -> None:
     """What is asked of every recipe before anything is trained."""
     recipe.to_yaml()
     recipe.deciding()
-    check(recipe, {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}}, rng.choice((None, 1, 3, 8, 1000)))
+    check(
+        recipe,
+        {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}},
+        rng.choice((None, 1, 3, 8, 1000)),
+    )
 
 
-SMALL = "demo.yaml mini_swinv2.yaml mini_mae.yaml swinv2_b.yaml mae_vit_b.yaml simmim_vit_b.yaml".split()
+SMALL = ["demo.yaml", "mini_swinv2.yaml", "mini_mae.yaml", "swinv2_b.yaml", "mae_vit_b.yaml", "simmim_vit_b.yaml"]
 
 
 @kind("recipe", RecipeError, DeepSpeedConfigError, needs=("recipes",))
@@ -121,7 +161,9 @@ def recipe(case: Case) -> Reader:
 def override(case: Case) -> Reader:
     """``key=value`` on the command line."""
     given = overrides(case.rng, known_keys(Recipe))
-    return lambda: _use(load_recipe(case.rng.choice(("demo", "mae_vit_b", "simmim_vit_b")), [*given, "data.shards=x"]), case.rng)
+    return lambda: _use(
+        load_recipe(case.rng.choice(("demo", "mae_vit_b", "simmim_vit_b")), [*given, "data.shards=x"]), case.rng
+    )
 
 
 @kind("finetuning-recipe", RecipeError, needs=("recipes",))
@@ -172,8 +214,9 @@ def model(case: Case) -> Reader:
     import torch
 
     sizes = [f"model.{name}" for name in ("embed_dim", "depths", "num_heads", "window_size", "drop_path")] + [
-        f"mim.{name}" for name in ("decoder", "target_window", "mask_patch", "mask_ratio", "loss", "decoder_dim", "decoder_depth")
-    ]  # fmt: skip
+        f"mim.{name}"
+        for name in ("decoder", "target_window", "mask_patch", "mask_ratio", "loss", "decoder_dim", "decoder_depth")
+    ]
     given = overrides(case.rng, [*sizes, "data.image_size"])
     name = case.rng.choice(("demo", "mini_mae", "simmim_vit_b"))
 

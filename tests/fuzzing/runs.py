@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import yaml
+
 from fuzzing.case import Case, Reader, kind, material
 from fuzzing.mutations import clutter, file_mutated, json_mutated, json_text, lines_mutated, odd_value, tree_mutated
 from fuzzing.recipes import yaml_mutated
-
 from mimscale.commands import status as status_command
 from mimscale.study.folder import StudyFolder
 from mimscale.study.jobs import build_graph
@@ -93,7 +93,9 @@ def heartbeats(case: Case) -> Reader:
 def run_folder(case: Case) -> Reader:
     """Any file of a run's folder, as a resumed start and ``status`` read it."""
     run, rng = case.copy("run"), case.rng
-    (run / "result.json").write_text(json.dumps({"steps": 20, "train_loss": 0.1, "validation": {"step": 20, "val_loss": 0.2}}))
+    (run / "result.json").write_text(
+        json.dumps({"steps": 20, "train_loss": 0.1, "validation": {"step": 20, "val_loss": 0.2}})
+    )
     for name in rng.sample(("recipe.yaml", "left_out.json", "result.json", "ds_config.json"), rng.randint(1, 2)):
         file_mutated(run / name, yaml_mutated if name.endswith("yaml") else json_mutated, case, strange=0.12)
     if rng.random() < 0.3:
@@ -148,7 +150,12 @@ def study_folder(case: Case) -> Reader:
     text = (whole / "study.yaml").read_text().replace(str(case.material / "study"), str(whole))
     (whole / "study.yaml").write_text(text)
     out = whole / "out"
-    choices = [*out.glob("jobs/*.json"), *out.glob("runs/*/result.json"), *out.glob("runs/*/metrics.jsonl"), *out.glob("runs/*/recipe.yaml")]
+    choices = [
+        *out.glob("jobs/*.json"),
+        *out.glob("runs/*/result.json"),
+        *out.glob("runs/*/metrics.jsonl"),
+        *out.glob("runs/*/recipe.yaml"),
+    ]
     for path in rng.sample(sorted(choices), 2):
         how = {".json": json_mutated, ".jsonl": figures_mutated, ".yaml": yaml_mutated}[path.suffix]
         file_mutated(path, how, case, strange=0.15)
@@ -172,10 +179,25 @@ def make_results(folder: Path) -> None:
     """Results of a study in a file."""
     folder.mkdir()
     found = [
-        Result(f"cell-{n}", "pretrain", "swinv2_b", "in1k_10", 1000 * (n + 1), 90_000_000, val_loss=0.4 - n / 100, train_loss=0.3, images=1000, flops_per_image=1e9, global_batch=64, curve=((1, 0.5, None), (2, 0.4, 0.45)))  # fmt: skip
+        Result(
+            f"cell-{n}",
+            "pretrain",
+            "swinv2_b",
+            "in1k_10",
+            1000 * (n + 1),
+            90_000_000,
+            val_loss=0.4 - n / 100,
+            train_loss=0.3,
+            images=1000,
+            flops_per_image=1e9,
+            global_batch=64,
+            curve=((1, 0.5, None), (2, 0.4, 0.45)),
+        )
         for n in range(4)
     ]
-    found.append(Result("tuned", "finetune", "swinv2_b", "in1k_10", 1000, task="in1k", scores={"top1": 80.0}, start="cell-0"))
+    found.append(
+        Result("tuned", "finetune", "swinv2_b", "in1k_10", 1000, task="in1k", scores={"top1": 80.0}, start="cell-0")
+    )
     write_json(found, folder / "results.json")
 
 

@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzzing.case import Case, Reader, kind, material
-from fuzzing.mutations import ODD_TEXTS, bytes_mutated, clutter, file_mutated, json_mutated, json_text, replace_file, tree_mutated
 from safetensors.torch import load_file, save, save_file
 
 import mimscale
+from fuzzing.case import Case, Reader, kind, material
+from fuzzing.mutations import (
+    ODD_TEXTS,
+    bytes_mutated,
+    clutter,
+    file_mutated,
+    json_mutated,
+    json_text,
+    replace_file,
+    tree_mutated,
+)
 from mimscale.data import ShardIndex
 from mimscale.models import create_encoder, load_released
 from mimscale.models.weights.export import export_weights
@@ -34,14 +43,22 @@ from mimscale.transfer.recipe import load_finetune_recipe
 from mimscale.transfer.weights import encoder_weights
 
 TINY = [
-    "model.embed_dim=8", "model.depths=[1,1,1,1]", "model.num_heads=[1,1,2,2]", "model.window_size=2", "data.image_size=64",
-    "data.workers=0", "train.global_batch=4", "train.iterations=20",
-]  # fmt: skip
+    "model.embed_dim=8",
+    "model.depths=[1,1,1,1]",
+    "model.num_heads=[1,1,2,2]",
+    "model.window_size=2",
+    "data.image_size=64",
+    "data.workers=0",
+    "train.global_batch=4",
+    "train.iterations=20",
+]
 
 
 def tiny(**more: Any) -> Any:
     """The encoder of all these files."""
-    return create_encoder("swinv2_s", img_size=64, window_size=2, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), **more)
+    return create_encoder(
+        "swinv2_s", img_size=64, window_size=2, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), **more
+    )
 
 
 def write_run(folder: Path, recipe: Any, module: Any, data: dict[str, Any], steps: tuple[int, ...]) -> None:
@@ -53,20 +70,41 @@ def write_run(folder: Path, recipe: Any, module: Any, data: dict[str, Any], step
         path = folder / "checkpoints" / f"step_{step:08d}"
         path.mkdir(parents=True)
         tensors = [(name, part.detach().float().clone()) for name, part in all_weights(module).items()]
-        tensors += [(f"{moment}/{name}", torch.zeros(shape)) for moment in ("exp_avg", "exp_avg_sq") for name, shape in list(shapes.items())[:4]]
+        tensors += [
+            (f"{moment}/{name}", torch.zeros(shape))
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, shape in list(shapes.items())[:4]
+        ]
         files = checkpoints.write_chunks(path, 0, tensors)
         about = {
-            "updates": step, "recipe": recipe.model_dump(mode="json"), "data": data, "versions": checkpoints.versions(),
+            "updates": step,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": data,
+            "versions": checkpoints.versions(),
             "trained_with": {"ranks": 1, "local_ranks": 1, "zero_stage": 2, "micro_batch": 4},
-        }  # fmt: skip
+        }
         (path / "checkpoint.json").write_text(json.dumps(checkpoints.manifest(step, shapes, files, about), indent=1))
-    lines = [{"step": step, "loss": 1.0 / step, "lr": 1e-3, "grad_norm": 0.5, "images_per_s": 10.0, "mfu": 0.1} for step in range(1, 11)]
+    lines = [
+        {"step": step, "loss": 1.0 / step, "lr": 1e-3, "grad_norm": 0.5, "images_per_s": 10.0, "mfu": 0.1}
+        for step in range(1, 11)
+    ]
     lines.append({"step": 10, "val_loss": 0.5, "val_loss_l1": 0.4, "val_loss_l2": 0.3})
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.heartbeat.mkdir()
     for rank in range(2):
-        beat = {"rank": rank, "host": "nowhere", "pid": 1, "step": 10, "phase": "step", "since": 1.7e9, "beat": 1.7e9, "every": 5.0}
-        (run.heartbeat / f"rank_{rank:05d}.json").write_text(json.dumps({**beat, "keys": ["a", "b"], "address": ["127.0.0.1", 1]}))
+        beat = {
+            "rank": rank,
+            "host": "nowhere",
+            "pid": 1,
+            "step": 10,
+            "phase": "step",
+            "since": 1.7e9,
+            "beat": 1.7e9,
+            "every": 5.0,
+        }
+        (run.heartbeat / f"rank_{rank:05d}.json").write_text(
+            json.dumps({**beat, "keys": ["a", "b"], "address": ["127.0.0.1", 1]})
+        )
     (run.heartbeat / "end.json").write_text(json.dumps({"state": "failed", "message": "disk full", "time": 1.7e9}))
     (folder / "left_out.json").write_text(json.dumps({"7": "the loss became nan on rank 0"}))
 
@@ -105,7 +143,10 @@ def make_weights(folder: Path) -> None:
     export_weights(objective.model, "released", folder / "released.pth")
     state = torch.load(folder / "released.pth")
     torch.save({**state, "epoch": 3, "config": {"lr": 0.1}}, folder / "old.pth", _use_new_zipfile_serialization=False)
-    save_file({name: part.detach().contiguous().clone() for name, part in tiny().named_parameters()}, folder / "plain.safetensors")
+    save_file(
+        {name: part.detach().contiguous().clone() for name, part in tiny().named_parameters()},
+        folder / "plain.safetensors",
+    )
 
 
 def _read_weights(path: Path, rng: random.Random) -> None:
@@ -125,12 +166,31 @@ def _pickle_mutated(data: bytes, rng: random.Random) -> bytes:
         return bytes_mutated(data, rng)
     other = rng.choice(
         (
-            b"cos\nsystem\nX\x02\0\0\0idtR", b"cbuiltins\neval\nX\x03\0\0\x001+1tR", b"cbuiltins\nbytearray\n\x8a\x08" + (2**40).to_bytes(8, "little") + b"\x85R",
-            b"(" * 5000, b"]" * 3000 + b"a" * 2000, b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)), b"N" * 300_000,
-            b"ctorch\nload\nX\x01\0\0\0x\x85R", b"ctorch.hub\nload\n)R", b"cposix\nsystem\n", b"X\xff\xff\xff\x7fabc", b"\x8a\xff" + b"\xff" * 255, b"}", b"]", b"s" * 20, b"0" * 20,
-            b"ctorch._utils\n_rebuild_tensor_v2\n", b"cargparse\nNamespace\n)R}X\x01\0\0\0aK\x01sb", b"I999999999999999999999\n", b"F1e999\n", b"h\xff", b"j\xff\xff\xff\x7f", b"\x95" + b"\xff" * 8,
+            b"cos\nsystem\nX\x02\0\0\0idtR",
+            b"cbuiltins\neval\nX\x03\0\0\x001+1tR",
+            b"cbuiltins\nbytearray\n\x8a\x08" + (2**40).to_bytes(8, "little") + b"\x85R",
+            b"(" * 5000,
+            b"]" * 3000 + b"a" * 2000,
+            b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)),
+            b"N" * 300_000,
+            b"ctorch\nload\nX\x01\0\0\0x\x85R",
+            b"ctorch.hub\nload\n)R",
+            b"cposix\nsystem\n",
+            b"X\xff\xff\xff\x7fabc",
+            b"\x8a\xff" + b"\xff" * 255,
+            b"}",
+            b"]",
+            b"s" * 20,
+            b"0" * 20,
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"cargparse\nNamespace\n)R}X\x01\0\0\0aK\x01sb",
+            b"I999999999999999999999\n",
+            b"F1e999\n",
+            b"h\xff",
+            b"j\xff\xff\xff\x7f",
+            b"\x95" + b"\xff" * 8,
         )
-    )  # fmt: skip
+    )
     at = rng.randrange(2, len(data))
     return data[:at] + other + rng.choice((data[at:], b".", b"", data[at + len(other) :]))
 
@@ -148,10 +208,14 @@ def torch_zip(case: Case) -> Reader:
         records[name] = (_pickle_mutated if name.endswith("pkl") else bytes_mutated)(records[name], rng)
         if rng.random() < 0.15:
             other = rng.choice(list(records))
-            records[rng.choice((*ODD_TEXTS[1:40], "../x", other + "x", "archive/data/0", "archive/code/x.py"))[:200].replace("\ud800", "")] = records.pop(other)
+            records[
+                rng.choice((*ODD_TEXTS[1:40], "../x", other + "x", "archive/data/0", "archive/code/x.py"))[
+                    :200
+                ].replace("\ud800", "")
+            ] = records.pop(other)
         with zipfile.ZipFile(path, "w", rng.choice((0, 0, 0, zipfile.ZIP_DEFLATED))) as archive:
             for name, content in records.items():
-                archive.writestr(name, content)
+                archive.writestr(name or "?", content)
             if rng.random() < 0.1:
                 archive.writestr("archive/data/99", b"\0" * 50_000_000 if archive.compression else b"x")
     return lambda: _read_weights(path, rng)
@@ -172,7 +236,11 @@ def torch_legacy(case: Case) -> Reader:
                 pass
             parts.append(data[start : stream.tell()])
         place = rng.choice((0, 1, 2, 3, 3, 3, 3, 4))
-        parts[place] = _pickle_mutated(parts[place], rng) if rng.random() < 0.8 else pickle.dumps(rng.choice((2**40, -1, "x", [], None, {"a": 1})), 2)
+        parts[place] = (
+            _pickle_mutated(parts[place], rng)
+            if rng.random() < 0.8
+            else pickle.dumps(rng.choice((2**40, -1, "x", [], None, {"a": 1})), 2)
+        )
         path.write_bytes(b"".join(parts) + rng.choice((data[stream.tell() :],) * 3 + (b"",)))
     return lambda: _read_weights(path, rng)
 
@@ -202,7 +270,11 @@ def safetensors_mutated(data: bytes, rng: random.Random) -> bytes:
     text = json_text(header, rng)
     if rng.random() < 0.1:
         rest = rest[: rng.randrange(len(rest))]
-    return struct.pack("<Q", len(text) if rng.random() < 0.95 else rng.choice((0, 2**40, 2**63, len(text) + 8))) + text + rest
+    return (
+        struct.pack("<Q", len(text) if rng.random() < 0.95 else rng.choice((0, 2**40, 2**63, len(text) + 8)))
+        + text
+        + rest
+    )
 
 
 @kind("safetensors", ValueError, needs=("weights",))
@@ -282,8 +354,19 @@ def tensors(case: Case) -> Reader:
     if rng.random() < 0.35:
         held = load_file(path)
         for name in rng.sample(sorted(held), 3):
-            other = rng.choice((torch.zeros(0), torch.zeros(3), held[name].half(), held[name].long(), held[name].double(), held[name].reshape(-1), held[name] * float("nan"), torch.zeros(2, 2, dtype=torch.bool)))  # fmt: skip
-            held[rng.choice((name, name, name + "x"))] = other
+            other = rng.choice(
+                (
+                    torch.zeros(0),
+                    torch.zeros(3),
+                    held[name].half(),
+                    held[name].long(),
+                    held[name].double(),
+                    held[name].reshape(-1),
+                    held[name] * float("nan"),
+                    torch.zeros(2, 2, dtype=torch.bool),
+                )
+            )
+            held[rng.choice((name, name, name + "x"))] = other.clone()
         path.write_bytes(save(held))
     else:
         file_mutated(path, safetensors_mutated, case, strange=0.15)
@@ -300,7 +383,18 @@ def checkpoint_folder(case: Case) -> Reader:
     """A folder of checkpoints with strange entries."""
     run, rng = case.copy("run"), case.rng
     folder = run / "checkpoints"
-    for name in rng.sample(("step_00000099", "step_" + "9" * 20, "step_" + "9" * 250, "step_-1", "step_1", ".saving_step_00000012", "step_00000010.bak"), 2):
+    for name in rng.sample(
+        (
+            "step_00000099",
+            "step_" + "9" * 20,
+            "step_" + "9" * 250,
+            "step_-1",
+            "step_1",
+            ".saving_step_00000012",
+            "step_00000010.bak",
+        ),
+        2,
+    ):
         (folder / name[:255]).mkdir() if rng.random() < 0.6 else (folder / name[:255]).touch()
     if rng.random() < 0.5:
         clutter(folder, case)

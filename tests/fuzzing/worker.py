@@ -22,16 +22,26 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from fuzzing.case import KINDS, Case, Kind, Misfit
-
 import mimscale
+from fuzzing.case import KINDS, Case, Kind, Misfit
 
 PACKAGE = str(Path(mimscale.__file__).parent)
 # Beyond what a case may take, so that this machine is not taken down before the growth is seen.
 ADDRESS_SPACE = 8 * 2**30
 LONGEST_MESSAGE = 20_000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.rmtree"}
+_CHANGES = {
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "shutil.rmtree",
+}
 _STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile"}
 _HARMLESS = ("/dev/null", "/proc/self/")
 
@@ -39,8 +49,8 @@ _HARMLESS = ("/dev/null", "/proc/self/")
 class Watch:
     """What the reader of one input does, as Python's audit events tell; one in a process, for hooks cannot be taken away."""
 
-    def __init__(self, temporary: Path):
-        self.temporary = str(temporary)
+    def __init__(self, *temporary: Path):
+        self.temporary = tuple(map(str, temporary))
         self.allowed: tuple[str, ...] = ()
         self.starts = True
         self.active = False
@@ -60,16 +70,16 @@ class Watch:
                     self._wrote(event, path)
         elif event in _STARTS and not self.starts:
             self.seen.append(f"{event} {values!r:.200}")
-        elif event == "socket.connect":
+        elif event == "socket.connect" and not str(values[1]).startswith("('127.0.0.1'"):  # ranks meet there
             self.seen.append(f"{event} {values[1:]!r:.200}")
 
     def _wrote(self, event: str, path: Any) -> None:
         self.active = False  # what is looked up here is not the reader's
         try:
-            whole = os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(os.fsdecode(path)))
-            if os.path.islink(whole) and event == "open to write":
-                whole = os.path.realpath(whole)
-            if not whole.startswith((*self.allowed, self.temporary, *_HARMLESS)):
+            place = Path(os.fsdecode(path))
+            place = place.parent.resolve() / place.name
+            whole = str(place.resolve() if event == "open to write" and place.is_symlink() else place)
+            if not whole.startswith((*self.allowed, *self.temporary, *_HARMLESS)):
                 self.seen.append(f"{event} {whole!r:.300}")
         except (OSError, ValueError):
             pass
@@ -82,11 +92,16 @@ def tree(folder: Path, content: bool) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for where, folders, names in os.walk(os.fsencode(folder)):
         for name in [*folders, *names]:
-            path = os.path.join(where, name)
+            path = where + b"/" + name
             facts = os.lstat(path)
-            told: tuple = (facts.st_mode, facts.st_size if not stat.S_ISDIR(facts.st_mode) else 0, facts.st_mtime_ns, facts.st_ino)
+            told: tuple = (
+                facts.st_mode,
+                facts.st_size if not stat.S_ISDIR(facts.st_mode) else 0,
+                facts.st_mtime_ns,
+                facts.st_ino,
+            )
             if content and stat.S_ISREG(facts.st_mode):
-                with open(path, "rb") as file:
+                with Path(os.fsdecode(path)).open("rb") as file:
                     told = (*told, hashlib.file_digest(file, "sha256").hexdigest())
             found[os.fsdecode(path)] = told
     return found
@@ -98,14 +113,21 @@ def changes(before: dict[str, tuple], after: dict[str, tuple], outputs: tuple[st
     return sorted(
         path
         for path in differ
-        if not path.startswith(outputs)
-        and not (path in before and path in after and stat.S_ISDIR(before[path][0]) and any(out.startswith(path + "/") for out in outputs))
+        if not f"{path}/".startswith(outputs)
+        and not (
+            path in before
+            and path in after
+            and stat.S_ISDIR(before[path][0])
+            and any(out.startswith(path + "/") for out in outputs)
+        )
     )
 
 
 def unprintable(text: str) -> str:
     """The characters in it that no message may hold."""
-    return "".join(sorted({c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\r"}))
+    return "".join(
+        sorted({c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\r"})
+    )
 
 
 @cache
@@ -120,7 +142,7 @@ def _raises(file: str) -> frozenset[int]:
 
 def _raised_on_purpose(error: BaseException) -> bool:
     """Whether mimscale raises it itself: it is a class of its own, or one of Python's from a ``raise`` of its own."""
-    if type(error).__module__.startswith("mimscale"):
+    if type(error).__module__.startswith(("mimscale", "fuzzing")):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
@@ -171,8 +193,13 @@ def judge(kind: Kind, case: Case, reader: Any, watch: Watch) -> tuple[str, str]:
         outcome, about = "traceback", traceback.format_exc()
     if outcome in ("accepted", "refused"):
         if odd := unprintable(said.getvalue()):
-            outcome, about = "traceback", f"Misfit: what was printed has the characters {odd!r}: {said.getvalue()[:1000]!r}"
-        touched = changes(before, tree(case.given, content=False), outputs) + changes(victim, tree(case.victim, content=True), ())
+            outcome, about = (
+                "traceback",
+                f"Misfit: what was printed has the characters {odd!r}: {said.getvalue()[:1000]!r}",
+            )
+        touched = changes(before, tree(case.given, content=False), outputs) + changes(
+            victim, tree(case.victim, content=True), ()
+        )
         if touched or watch.seen:
             outcome, about = "write", f"Misfit: written or started: {touched[:5]} {watch.seen[:5]}\n{about}"
     return outcome, about
@@ -212,7 +239,11 @@ def work(kind_name: str, seeds: list[int], place: Path, material: Path, say: Con
     for name in ("home", "tmp"):
         (place / name).mkdir(parents=True)
     make_victim(place / "victim")
-    os.environ |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "XDG_CACHE_HOME": str(place / "home/cache")}
+    os.environ |= {
+        "HOME": str(place / "home"),
+        "TMPDIR": str(place / "tmp"),
+        "XDG_CACHE_HOME": str(place / "home/cache"),
+    }
     sys.dont_write_bytecode = True
     log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
@@ -222,7 +253,7 @@ def work(kind_name: str, seeds: list[int], place: Path, material: Path, say: Con
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + ADDRESS_SPACE,) * 2)
-    kind, watch = KINDS[kind_name], Watch(place / "tmp")
+    kind, watch = KINDS[kind_name], Watch(place / "tmp", place / "home/cache")
     for seed in seeds:
         say.send(("prepare", seed))
         shutil.rmtree(place / "case", ignore_errors=True)
