@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -17,19 +18,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from mimscale.files import write_text
+from mimscale.files import UnfitFile, is_number, is_whole, read_json, set_aside, write_text
 from mimscale.training.launch.rendezvous import own_address
+from mimscale.wording import printable
 
 if TYPE_CHECKING:
     from mimscale.training.ranks import Ranks
 
 BEAT_SECONDS = 5.0
+LARGEST_HEARTBEAT = 2**20
 MISSED_BEATS = 3  # make a rank one without a sign of life
 # Until the first step is done, compiling and tracing may take this long.
 START_MINUTES = 30.0
@@ -61,8 +64,12 @@ class Heartbeat:
     @property
     def place(self) -> str:
         """Rank, host, step, phase and samples, in words."""
-        samples = f", samples {', '.join(self.keys[:4])}" if self.keys and self.phase == "step" else ""
-        return f"rank {self.rank} on {self.host} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
+        samples = (
+            f", samples {', '.join(printable(key, 200) for key in self.keys[:4])}"
+            if self.keys and self.phase == "step"
+            else ""
+        )
+        return f"rank {self.rank} on {printable(self.host, 100)} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
 
     def is_silent(self, now: float) -> bool:
         """Whether the rank shows no life: its process is not there, or has missed its beats."""
@@ -84,15 +91,44 @@ PHASES = {
 }
 
 
-def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """The newest heartbeat of every rank, in the order of the ranks; unreadable ones are left out."""
+def read_heartbeats(folder: Path, damaged: list[str] | None = None) -> list[Heartbeat]:
+    """The newest heartbeat of every rank, in the order of the ranks; unreadable ones are left out.
+
+    Args:
+        folder: of the heartbeats.
+        damaged: takes what is wrong with those that are left out.
+    """
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            found.append(Heartbeat(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
+            found.append(_heartbeat(path))
+        except FileNotFoundError:  # renewed meanwhile, or taken away
             continue
+        except OSError as error:
+            if damaged is not None:
+                damaged.append(str(error))
     return found
+
+
+def _heartbeat(path: Path) -> Heartbeat:
+    """Read one heartbeat.
+
+    Raises:
+        UnfitFile: it is none.
+        OSError: it cannot be read.
+    """
+    values = read_json(path, LARGEST_HEARTBEAT)
+    if not isinstance(values, dict) or values.keys() != {each.name for each in fields(Heartbeat)}:
+        raise UnfitFile(path, "is no heartbeat of a rank")
+    beat = Heartbeat(**values)
+    whole = is_whole(beat.rank) and is_whole(beat.step) and is_whole(beat.pid) and 0 < beat.pid < 2**31
+    times = all(is_number(time) and math.isfinite(time) for time in (beat.since, beat.beat, beat.every))
+    texts = [beat.host, beat.phase, *beat.keys] if isinstance(beat.keys, list) else [None]
+    host, port = beat.address if isinstance(beat.address, list) and len(beat.address) == 2 else (None, None)
+    fits = whole and times and all(isinstance(text, str) for text in (*texts, host)) and beat.phase in PHASES
+    if not fits or type(port) is not int or not 0 <= port < 2**16:
+        raise UnfitFile(path, "is no heartbeat of a rank: a value is of another type")
+    return beat
 
 
 def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
@@ -232,6 +268,49 @@ def lost_rank(folder: Path, error: RuntimeError) -> str | None:
     return (
         f"{lost}; the log of that rank or its host says why. The same command resumes from the last checkpoint ({text})"
     )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of a run ended: in which ``state``, with which ``message``, and when (seconds since 1970)."""
+
+    state: str
+    message: str
+    time: float
+
+
+def read_end(folder: Path) -> Ending | None:
+    """How the last start ended; ``None`` where it has not.
+
+    Raises:
+        UnfitFile: the file is damaged.
+        OSError: it cannot be read.
+    """
+    path = folder / "end.json"
+    try:
+        said = read_json(path, LARGEST_HEARTBEAT)
+    except FileNotFoundError:
+        return None
+    said = said if isinstance(said, dict) else {}
+    state, message, when = said.get("state"), said.get("message"), said.get("time", "")
+    if not isinstance(state, str) or not isinstance(message, str) or not is_number(when):
+        raise UnfitFile(path, "does not say how a run ended")
+    return Ending(state, message, float(when))
+
+
+def forget_end(folder: Path) -> str:
+    """Remove how the last start ended, since another has begun; what is damaged is kept by another name.
+
+    Returns:
+        What is damaged and where it is kept; empty where nothing is.
+    """
+    path = folder / "end.json"
+    try:
+        read_end(folder)
+    except OSError as error:
+        return f"{error}; kept as {printable(set_aside(path))}"
+    path.unlink(missing_ok=True)
+    return ""
 
 
 def note_end(folder: Path, state: str, message: str) -> None:
