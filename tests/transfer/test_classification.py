@@ -238,7 +238,7 @@ def task(shards: Path, *overrides: str) -> Classification:
 
 def test_a_label_out_of_range_is_named(photo_shards, monkeypatch):
     monkeypatch.setattr(ShardIndex, "classes", property(lambda index: index.content.classes[:3]))
-    with pytest.raises(ShardError, match="samples.npy has labels that are none of the 3 classes"):
+    with pytest.raises(ShardError, match=r"samples\.npy has labels that are none of the 3 classes"):
         task(photo_shards)
 
 
