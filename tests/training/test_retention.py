@@ -75,7 +75,7 @@ def test_what_is_not_a_checkpoint_is_neither_counted_nor_touched(run):
         "step_00000099",
         "step_" + "9" * 20,
         "step_000000000007",
-        "step_0000000\u0661",
+        "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661",
         ".saving_of_mine_step_1",
     ):
         (folder / name).mkdir(parents=True)
