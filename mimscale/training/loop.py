@@ -8,7 +8,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ class _Run:
     saver: Saver
     watch: Watchdog
     peak_flops: float
+    began: float = field(default_factory=time.monotonic)
 
     def train(self, stop: StopRequests) -> RollBack | None:
         """Steps up to ``train.iterations``, with validation and checkpoints on the way.
@@ -210,6 +211,7 @@ class _Run:
             if isinstance(done, RollBack):
                 return done
             self.step += 1
+            stop.has_stepped()
             images += train.global_batch
             last = self.step == train.iterations
             if self.step % train.log_every == 0 or last:
@@ -258,7 +260,7 @@ class _Run:
         self.saver.finish()
         reason = next(filter(None, gather(reason)), "another rank's wish")
         raise Preempted(
-            f"stopped by {reason} after step {self.step}, which is saved; the same command resumes from there"
+            f"stopped by {reason} after step {self.step}, which is saved; the same command resumes from there", reason
         )
 
     def roll_back(self, back: RollBack) -> None:
@@ -367,7 +369,7 @@ class _Run:
             "images_per_s": sorted(r["images_per_s"] for r in training)[len(training) // 2] if training else None,
             "skipped": skipped,
             "left_out": {str(step + 1): reason for step, reason in self.policy.left_out.reasons.items()},
-            "seconds": time.time() - self.log.started,
+            "seconds": time.monotonic() - self.began,
             "ranks": self.ranks.world_size,
             "zero_stage": self.engine.stage,
             "peak_memory_gb": peaks,

@@ -8,7 +8,6 @@ is written becomes a file, or a checkpoint, only when it is whole.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from types import FrameType
 
 import psutil
 
+from mimscale.data.pool import die_with_parent
 from mimscale.entry import CLOSED_EXIT, INTERRUPTED_EXIT, when_output_closes
 
 # EX_TEMPFAIL of sysexits.h: failed for now, try again. The Slurm files requeue a job that ends so.
@@ -34,7 +34,6 @@ SAME_WISH_SECONDS = 1.0
 # The first rank reports why the run ends; a launcher may end all of them when one goes.
 REPORT_SECONDS = 0.5
 _LOOK_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Preempted(Exception):
@@ -59,11 +58,12 @@ def exit_status(reason: str) -> int:
 # -- what this process has heard ---------------------------------------------------------------------------------------
 
 _received: list[str] = []
+_mouth: socket.socket | None = None  # Python writes the numbers of signals to it
 _first: float | None = None  # when it was first asked to stop, by the monotonic clock
 _listening = False  # the process is a training's own (listen)
 _has_stepped = False
 _pass_on: Callable[[int], None] | None = None
-_record: Callable[[str], None] = lambda message: None
+_record: Callable[[str], None] | None = None
 
 
 def listen(record: Callable[[str], None] | None = None) -> None:
@@ -76,7 +76,7 @@ def listen(record: Callable[[str], None] | None = None) -> None:
     Args:
         record: called with a message when the process ends at once after its first step.
     """
-    global _listening, _record
+    global _listening, _record, _mouth
     _record = record or _record
     if _listening:
         return
@@ -84,15 +84,15 @@ def listen(record: Callable[[str], None] | None = None) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-    ear.settimeout(_LOOK_SECONDS)
-    signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    ear, _mouth = socket.socketpair()
+    _mouth.setblocking(False)
+    signal.set_wakeup_fd(_mouth.fileno(), warn_on_full_buffer=False)
     # What is forked hears for itself, and not into this process's ear.
     os.register_at_fork(after_in_child=_forget)
     when_output_closes(lambda: _ask(OUTPUT))
     launcher = _Launcher()
-    threading.Thread(target=_attend, args=(ear, mouth, launcher), name="signals", daemon=True).start()
+    ear.settimeout(_LOOK_SECONDS if launcher.above is not None else None)
+    threading.Thread(target=_attend, args=(ear, launcher), name="signals", daemon=True).start()
 
 
 def passed_to(action: Callable[[int], None]) -> None:
@@ -125,7 +125,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
 
 
-def _attend(ear: socket.socket, mouth: socket.socket, launcher: _Launcher) -> None:
+def _attend(ear: socket.socket, launcher: _Launcher) -> None:
     while True:
         numbers = b""
         with contextlib.suppress(TimeoutError):
@@ -158,12 +158,13 @@ def _ask(reason: str) -> None:
             _say(f"{reason}: saving after this step, and ending; a second one ends it at once")
 
 
-def end_now(reason: str, message: str, record: Callable[[str], None] = lambda message: None) -> None:
+def end_now(reason: str, message: str, record: Callable[[str], None] | None = None) -> None:
     """End this process and those that it has started, whatever they are in; the first rank says why."""
     if _rank() == 0:
         if reason != OUTPUT:
             _say(f"stopped: {message}")
-        record(message)
+        if record is not None:
+            record(message)
     else:
         time.sleep(REPORT_SECONDS)
     for child in psutil.Process().children(recursive=True):
@@ -192,10 +193,10 @@ class _Launcher:
     def __init__(self) -> None:
         self.parent = os.getppid()
         self.above: int | None = None
-        own = os.environ.get("MIMSCALE_PARENT")
+        own = os.environ.pop("MIMSCALE_PARENT", None)  # of this process, and not of what it starts
         if own is None and not ("TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ):
             return
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
         if own is not None and int(own) != os.getppid():
             os.kill(os.getpid(), signal.SIGTERM)  # it went before
         if "CROSS_RANK" in os.environ:
@@ -234,7 +235,9 @@ class StopRequests:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
-        if not _listening and threading.current_thread() is threading.main_thread():  # else whoever runs us handles signals
+        if (
+            not _listening and threading.current_thread() is threading.main_thread()
+        ):  # else whoever runs us handles signals
             heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, _note) for number in heeded}
         return self

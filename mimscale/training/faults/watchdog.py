@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -17,14 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mimscale.files import write_text
+from mimscale.files import read_json, write_text
 from mimscale.training.launch.rendezvous import own_address
+from mimscale.wording import printable
 
 if TYPE_CHECKING:
     from mimscale.training.ranks import Ranks
@@ -35,6 +37,8 @@ MISSED_BEATS = 3  # make a rank one without a sign of life
 START_MINUTES = 30.0
 # A host that answers at all does so in far less.
 ANSWER_SECONDS = 3.0
+# A heartbeat's file holds a few hundred bytes.
+LARGEST_BEAT = 64 * 1024
 # In the messages of gloo and NCCL.
 BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out")
 
@@ -43,8 +47,9 @@ BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL",
 class Heartbeat:
     """Where one rank is.
 
-    ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970; it writes ``every`` so many seconds.
-    ``keys`` are the first samples of its batch. At ``address`` (IP, port) the rank's host answers as long as the rank is there.
+    ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970, for people: nothing ends a run by them,
+    since clocks are set. It writes ``every`` so many seconds. ``keys`` are the first samples of its batch. At ``address`` (IP,
+    port) the rank's host answers as long as the rank is there.
     """
 
     rank: int
@@ -58,11 +63,42 @@ class Heartbeat:
     keys: list[str]
     address: tuple[str, int]
 
+    @classmethod
+    def parse(cls, values: Any) -> Heartbeat:
+        """The heartbeat that a file holds.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError("it is no heartbeat")
+        number = lambda value: type(value) in (int, float) and math.isfinite(value)  # noqa: E731
+        whole = lambda value, most: type(value) is int and 0 <= value <= most  # noqa: E731
+        address = values["address"]
+        sound = (
+            whole(values["rank"], 2**31 - 1)
+            and whole(values["pid"], 2**31 - 1)
+            and whole(values["step"], 2**53)
+            and all(number(values[name]) for name in ("since", "beat", "every"))
+            and isinstance(values["host"], str)
+            and values["phase"] in PHASES
+            and isinstance(values["keys"], list)
+            and all(isinstance(key, str) for key in values["keys"])
+            and isinstance(address, list | tuple)
+            and len(address) == 2
+            and isinstance(address[0], str)
+            and whole(address[1], 65535)
+        )
+        if not sound:
+            raise ValueError("it is no heartbeat")
+        return cls(**{**values, "address": tuple(address)})
+
     @property
     def place(self) -> str:
         """Rank, host, step, phase and samples, in words."""
-        samples = f", samples {', '.join(self.keys[:4])}" if self.keys and self.phase == "step" else ""
-        return f"rank {self.rank} on {self.host} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
+        keys = ", ".join(printable(key, 100) for key in self.keys[:4])
+        samples = f", samples {keys}" if keys and self.phase == "step" else ""
+        return f"rank {self.rank} on {printable(self.host, 100)} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
 
     def is_silent(self, now: float) -> bool:
         """Whether the rank shows no life: its process is not there, or has missed its beats."""
@@ -89,8 +125,8 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            found.append(Heartbeat(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
+            found.append(Heartbeat.parse(read_json(path, LARGEST_BEAT)))
+        except (OSError, ValueError, OverflowError):
             continue
     return found
 
@@ -143,11 +179,13 @@ class Watchdog:
         self.folder, self.hang = folder, hang_minutes * 60
         self.end = end or self._end
         now, every = time.time(), min(BEAT_SECONDS, self.hang / 6)
+        self._since = time.monotonic()  # of the last progress, less what this process was stopped
         # Never accepted from: the kernel answers, however stuck this process is.
         self.door = socket.create_server((_address(), 0), backlog=1024)
         where = self.door.getsockname()[:2]
         self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [], where)
         self.started_at = step
+        self._silent: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -164,35 +202,65 @@ class Watchdog:
 
     def note(self, phase: str, step: int, keys: list[str] | None = None) -> None:
         """Progress: this rank now does ``phase`` (see PHASES) at ``step``."""
-        self.beat.phase, self.beat.step, self.beat.since = phase, step, time.time()
+        self.beat.phase, self.beat.step, self._since = phase, step, time.monotonic()
         if keys is not None:
             self.beat.keys = keys[:8]
 
     def touch(self) -> None:
         """Progress within a phase."""
-        self.beat.since = time.time()
+        self._since = time.monotonic()
 
     def _write(self) -> None:
         self.beat.beat = time.time()
+        self.beat.since = self.beat.beat - (time.monotonic() - self._since)  # by the clock as it is now
         with contextlib.suppress(OSError):  # a full disk must not end what saves report
             write_text(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
 
     def _bound(self) -> float:
         return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
 
+    def _pause(self) -> bool:
+        """Wait until the next heartbeat is due and write it; whether the watch has ended meanwhile.
+
+        What it takes longer than that, the whole process was stopped (SIGSTOP, a machine that sleeps), and the others, as a
+        rule, with it: no time in which anything could have gone on.
+        """
+        slept = time.monotonic()
+        if self._stop.wait(self.beat.every):
+            return True
+        overslept = time.monotonic() - slept - self.beat.every
+        if overslept > self.beat.every:
+            self._since += overslept
+        self._write()
+        return False
+
     def _watch(self) -> None:
-        while not self._stop.wait(self.beat.every):
-            self._write()
-            still = time.time() - self.beat.since
-            if still > self._bound():
-                self.end(self.verdict(still))
+        while not self._pause():
+            if time.monotonic() - self._since > self._bound():
+                beats = self._observed()
+                still = time.monotonic() - self._since
+                if self._stop.is_set() or still <= self._bound():
+                    continue  # it has gone on after all
+                self.end(self.verdict(still, beats))
                 return
 
-    def verdict(self, still: float) -> str:
+    def _observed(self) -> list[Heartbeat]:
+        """The heartbeats, after a while of watching: who has renewed its own is alive, whatever its host's clock says."""
+        before = {beat.rank: beat.beat for beat in read_heartbeats(self.folder)}
+        for _ in range(MISSED_BEATS):
+            self._pause()
+        now = time.time()
+        found = read_heartbeats(self.folder)
+        for beat in found:
+            renewed = beat.rank == self.beat.rank or beat.beat != before.get(beat.rank)
+            beat.beat = now if renewed else -math.inf
+        return found
+
+    def verdict(self, still: float, beats: list[Heartbeat]) -> str:
         """One message on a run that has made no progress for ``still`` seconds."""
-        beats = read_heartbeats(self.folder)
+        self._silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
         found = laggards(beats, time.time())
-        if not any(beat.is_silent(time.time()) for beat in beats):
+        if not self._silent:
             found = unreachable(beats, self.beat.host) or found
         named = "; ".join(f"{beat.place} {what}" for beat, what in found[:4])
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
@@ -204,8 +272,7 @@ class Watchdog:
     def _end(self, message: str) -> None:
         # The lowest rank that is well reports it; the others give it time to.
         beats = read_heartbeats(self.folder)
-        silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
-        reporter = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
+        reporter = min((beat.rank for beat in beats if beat.rank not in self._silent), default=self.beat.rank)
         if self.beat.rank == reporter:
             note_end(self.folder, "failed", message)
             print(f"mimscale: error: {message}", file=sys.stderr, flush=True)

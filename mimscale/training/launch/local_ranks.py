@@ -51,6 +51,7 @@ class _LocalRanks:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked: list[tuple[int, float]] = []  # signals and when they came; not SIGUSR1
+        self.early: list[subprocess.Popen[bytes]] = []  # SIGUSR1 came before they could hear it
         self.lock = threading.Lock()
 
     def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
@@ -66,11 +67,17 @@ class _LocalRanks:
                 self.asked.append((number, time.monotonic()))
             for process in self.processes:
                 if process.poll() is None:
-                    # One that is so young that it does not listen yet is ended by SIGTERM; SIGINT would be a traceback, and
-                    # SIGUSR1 comes ahead of time.
-                    listens = _handles(process.pid, signal.SIGTERM)
-                    if listens or number != NOTICE:
-                        process.send_signal(number if listens else signal.SIGTERM)
+                    self._send(process, number)
+
+    def _send(self, process: subprocess.Popen[bytes], number: int) -> None:
+        # SIGTERM ends one that is so young that it does not listen yet. SIGINT would be a traceback, and SIGUSR1 comes ahead
+        # of time.
+        if _handles(process.pid, signal.SIGTERM):
+            process.send_signal(number)
+        elif number == NOTICE:
+            self.early.append(process)
+        else:
+            process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
         """Wait for the end of all, which is near when one has failed or they were asked twice; the status of the whole."""
@@ -82,6 +89,10 @@ class _LocalRanks:
             if (status and time.monotonic() - failed_at > PATIENCE_SECONDS) or self._is_urgent():
                 for process in self.processes:
                     process.kill()
+            with self.lock:
+                early, self.early = self.early, []
+                for process in early:
+                    self._send(process, NOTICE)
             time.sleep(POLL_SECONDS)
         status = status or next((process.returncode for process in self.processes if process.returncode), 0)
         if self.asked and (status < 0 or not self.processes):
