@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimscale.files import sync, write_text
+from mimscale.files import UnfitFile, open_regular, read_json, sync, write_text
 from mimscale.training.errors import CheckpointError
 from mimscale.training.optimizer import AVERAGE
 from mimscale.training.ranks import gather
-from mimscale.training.run_folder import MANIFEST, saved_steps, step_name
+from mimscale.training.run_folder import MANIFEST, MOST_STEPS, saved_steps, step_name, step_of
 from mimscale.wording import printable
 
 FORMAT = 2
@@ -58,22 +59,36 @@ class Checkpoint:
         """Read the manifest; :meth:`damage` looks at the rest.
 
         Raises:
-            CheckpointError: no manifest, an unreadable one, or one of another format.
+            CheckpointError: no manifest, an unreadable one, one of another format, or one of another step than its folder.
         """
+        where = printable(path)
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = read_json(path / MANIFEST)
+            if not isinstance(manifest, dict):
+                raise ValueError("it is no mapping")
             version = manifest["format"]
-            if version == FORMAT:
+            if version == FORMAT and type(version) is int:
                 if manifest.pop("sha256") != _digest(manifest):
                     raise ValueError("its own SHA-256 does not hold")
                 _check_types(manifest)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / MANIFEST} is damaged ({error})") from None
-        if version != FORMAT:
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{where} has no {MANIFEST}: it is not a whole checkpoint") from None
+        except UnfitFile as problem:
+            raise CheckpointError(f"{problem}: the checkpoint is damaged") from None
+        except OSError as problem:
+            raise CheckpointError(f"{where}/{MANIFEST} cannot be read ({problem.strerror})") from None
+        except KeyError as missing:
+            raise CheckpointError(f"{where}/{MANIFEST} is damaged (it has no {missing.args[0]})") from None
+        except (ValueError, RecursionError) as problem:
+            raise CheckpointError(f"{where}/{MANIFEST} is damaged ({problem})") from None
+        if version != FORMAT or type(version) is not int:
             raise CheckpointError(
-                f"{path} has format {version}; this mimscale reads format {FORMAT}: resume it with the version that wrote it"
+                f"{where} has format {printable(version, 40)}; this mimscale reads format {FORMAT}: "
+                f"resume it with the version that wrote it"
+            )
+        if step_of(path.name) not in (None, manifest["step"]):
+            raise CheckpointError(
+                f"{where} is a checkpoint of step {manifest['step']}, which its name contradicts: rename it"
             )
         return cls(path, manifest)
 
@@ -87,22 +102,46 @@ class Checkpoint:
         entry = self.manifest["files"][file]
         path = self.path / file
         try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                return f"{path} has {size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{path} has changed since it was written (SHA-256 differs)"
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            with os.fdopen(open_regular(path), "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != entry["bytes"]:
+                    return f"{printable(path)} has {size} bytes instead of {entry['bytes']}"
+                if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+                    return f"{printable(path)} has changed since it was written (SHA-256 differs)"
+        except UnfitFile as problem:
+            return str(problem)
+        except OSError as problem:
+            return f"{printable(path)} cannot be read ({problem.strerror})"
         return None
 
+    def problems(self) -> list[str]:
+        """What is wrong with it, by every file's size and SHA-256; empty where it is whole."""
+        return [problem for file in self.manifest["files"] if (problem := self.damage(file))]
+
     def tensor(self, name: str) -> Tensor:
-        """One tensor, whole, fp32, on the CPU: a parameter's name, alone or after ``exp_avg/``, ``exp_avg_sq/``, ``average/``."""
+        """One tensor, whole, fp32, on the CPU: a parameter's name, alone or after ``exp_avg/``, ``exp_avg_sq/``, ``average/``.
+
+        Raises:
+            CheckpointError: it is not there, cannot be read, or is not what the manifest says.
+        """
         for file in self._locate(name):
-            if file not in self._files:
-                self._files[file] = safe_open(self.path / file, framework="pt")
-            return self._files[file].get_tensor(name)
-        raise CheckpointError(f"{self.path} holds no tensor {name}")
+            try:
+                if file not in self._files:
+                    os.close(open_regular(self.path / file))
+                    self._files[file] = safe_open(self.path / file, framework="pt")
+                tensor = self._files[file].get_tensor(name)
+            except (OSError, SafetensorError) as problem:
+                raise CheckpointError(
+                    f"{printable(self.path / file)} does not give the tensor {printable(name, 100)} ({printable(problem)})"
+                ) from None
+            shape = self.manifest["shapes"].get(name.rpartition("/")[2])
+            if shape != list(tensor.shape) or tensor.dtype != torch.float32:
+                raise CheckpointError(
+                    f"{printable(self.path / file)}: {printable(name, 100)} is {str(tensor.dtype).removeprefix('torch.')} "
+                    f"of shape {tuple(tensor.shape)}, and not as {MANIFEST} says float32 of shape {printable(shape, 60)}"
+                )
+            return tensor
+        raise CheckpointError(f"{printable(self.path)} holds no tensor {printable(name, 100)}")
 
     def trained(self, name: str) -> Tensor:
         """A parameter as it is to be used: its moving average where one was kept."""
@@ -142,8 +181,15 @@ def _check_types(manifest: dict[str, Any]) -> None:
         return type(value) is int and 0 <= value < 2**62
 
     shapes, files = manifest["shapes"], manifest["files"]
-    if not whole(manifest["step"]):
-        raise ValueError("its step is no number")
+    if not whole(manifest["step"]) or manifest["step"] > MOST_STEPS:
+        raise ValueError("its step is no number of steps")
+    if not whole(manifest.get("updates", 0)) or manifest.get("updates", 0) > manifest["step"]:
+        raise ValueError("its updates are no number up to its step")
+    for key in ("recipe", "data"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise ValueError(f"its {key} is no mapping")
+    if not isinstance(manifest.get("data", {}).get("build", ""), str):
+        raise ValueError("its data.build is no text")
     if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(map(whole, s)) for s in shapes.values()):
         raise ValueError("its shapes are no lists of sizes by name")
     if not isinstance(files, dict):
@@ -248,46 +294,169 @@ def cannot_save(run: Path, step: int, failures: list[str]) -> CheckpointError:
 
 
 def commit(run: Path, step: int, about: dict[str, Any]) -> None:
-    """Write the manifest ``about`` and rename the written folder into place. For one rank to call."""
+    """Write the manifest ``about`` and rename the written folder into place. For one rank to call.
+
+    What has the name already (a damaged one of the same step, or somebody else's folder) gets another name.
+    """
     folder = run / "checkpoints"
     beside = folder / f".saving_{step_name(step)}"
     write_text(beside / MANIFEST, json.dumps(about, indent=1), durable=True)
     target = folder / step_name(step)
-    replaced = folder / f".replaced_{step_name(step)}"
-    if target.exists():
-        # A damaged one of the same step: training resumed from the one before it and has arrived here again.
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
+    if os.path.lexists(target):
+        set_aside(target, "replaced")
     beside.rename(target)
     sync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def rotate(run: Path, keep: int, pinned: Iterable[int] = ()) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the pinned steps. For one rank to call."""
-    kept = set(saved_steps(run)[-keep:]) | set(pinned)
-    _remove(run, (step for step in saved_steps(run) if step not in kept))
+def set_aside(path: Path, why: Literal["damaged", "replaced"]) -> Path:
+    """Give what has a checkpoint's name another one beside it, which no start reads or removes.
+
+    Returns:
+        Its new path: ``damaged_step_...`` or ``replaced_step_...``, with a number where that is taken.
+    """
+    name, number = f"{why}_{path.name}", 1
+    while os.path.lexists(aside := path.with_name(name if number == 1 else f"{name}_{number}")):
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+class Retention:
+    """Which of a run's checkpoints stay: those that are whole count, and not names.
+
+    Each is checked against its SHA-256 before it counts, once; again when a file's size, times or place on the disk change.
+
+    Args:
+        run: the run folder.
+        keep: newest whole checkpoints that stay. Where 1 is asked for and no other whole one is there for good, the one
+            before the newest stays as well, since the newest may be damaged later.
+        pinned: steps that always stay.
+    """
+
+    def __init__(self, run: Path, keep: int, pinned: Iterable[int] = ()):
+        self.run, self.keep, self.pinned = run, keep, frozenset(pinned)
+        self._whole: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def just_written(self, step: int, files: Iterable[str]) -> None:
+        """Count the checkpoint of ``step``, of ``files``, as whole: their SHA-256 was taken as they were written."""
+        self._whole[step] = self._signature(step, files)
+
+    def apply(self) -> list[str]:
+        """Remove the whole checkpoints that need not stay, and set damaged ones aside. For one rank to call.
+
+        The newest whole one stays always. Older ones than those that stay are removed unread.
+
+        Returns:
+            What was wrong with those set aside, a line each.
+
+        Raises:
+            OSError: one cannot be removed or renamed.
+        """
+        lines: list[str] = []
+        stay: set[int] = set()
+        old: list[int] = []
+        counted = 0
+        for step in reversed(saved_steps(self.run)):
+            enough = counted >= self.keep and len(stay) >= 2
+            if enough and step not in self.pinned:
+                old.append(step)
+                continue
+            if problems := self._problems(step):
+                lines.append(self._set_aside(step, problems))
+                continue
+            if counted < self.keep or step in self.pinned:
+                stay.add(step)
+                counted += 1
+            else:
+                old.append(step)
+        if len(stay) < 2 and old:
+            stay.add(old.pop(0))
+        _remove(self.run, old)
+        self._whole = {step: seen for step, seen in self._whole.items() if step in stay}
+        return lines
+
+    def _problems(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint; those known to be whole and untouched since are not read again."""
+        try:
+            checkpoint = Checkpoint.open(self.run / "checkpoints" / step_name(step))
+            seen = self._signature(step, checkpoint.manifest["files"])
+        except CheckpointError as problem:
+            return [str(problem)]
+        except OSError as problem:
+            return [f"{printable(problem.filename)} cannot be read ({problem.strerror})"]
+        if self._whole.get(step) == seen:
+            return []
+        problems = checkpoint.problems()
+        if not problems:
+            self._whole[step] = seen
+        return problems
+
+    def _signature(self, step: int, files: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        folder = self.run / "checkpoints" / step_name(step)
+        found = [(folder / name).stat() for name in (MANIFEST, *sorted(files))]
+        return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in found)
+
+    def _set_aside(self, step: int, problems: list[str]) -> str:
+        aside = set_aside(self.run / "checkpoints" / step_name(step), "damaged")
+        return f"{shortened(problems)}; set aside as {aside.name}"
+
+
+def shortened(problems: list[str], most: int = 3) -> str:
+    """The first ``most`` of some problems, and how many more there are."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 def remove_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps. For one rank to call."""
-    _remove(run, (saved for saved in saved_steps(run) if saved > step))
+    """Remove the checkpoints of later steps. For one rank to call.
+
+    Raises:
+        CheckpointError: there are earlier ones, and none is whole; nothing is removed then.
+    """
+    saved = saved_steps(run)
+    before = [s for s in saved if s <= step]
+    problems: list[str] = []
+    for earlier in reversed(before):
+        try:
+            found = Checkpoint.open(run / "checkpoints" / step_name(earlier)).problems()
+        except CheckpointError as problem:
+            found = [str(problem)]
+        if not found:
+            break
+        problems += found
+    else:
+        if before:
+            raise CheckpointError(
+                f"cannot go back to step {step} of {printable(run)}: {shortened(problems)}; the later checkpoints are untouched. "
+                f"Restore an earlier one, or start with train.on_spike=skip"
+            )
+    _remove(run, (s for s in saved if s > step))
 
 
 def _remove(run: Path, steps: Iterable[int]) -> None:
     for step in steps:
         # Renamed first, so that a kill half-way leaves nothing that looks like a checkpoint.
         doomed = run / "checkpoints" / f".removing_{step_name(step)}"
+        _discard(doomed)
         (run / "checkpoints" / step_name(step)).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _discard(doomed)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder and what is in it; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(run: Path) -> None:
     """Remove what an interrupted save or removal left behind. For one rank to call, before training."""
     folder = run / "checkpoints"
-    if folder.is_dir():
-        for path in folder.glob(".*_step_*"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        state, _, name = path.name.partition("_")
+        if state in (".saving", ".removing") and step_of(name) is not None:
+            _discard(path)
 
 
 def check(path: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -320,30 +489,30 @@ def open_newest(run: Path, step: int | None = None) -> Checkpoint:
         there = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none"
         raise CheckpointError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; {there}")
     checkpoint = Checkpoint.open(run / "checkpoints" / step_name(steps[-1] if step is None else step))
-    if problems := [problem for file in checkpoint.manifest["files"] if (problem := checkpoint.damage(file))]:
-        raise CheckpointError(f"{'; '.join(problems[:5])}; choose another with --step")
+    if problems := checkpoint.problems():
+        raise CheckpointError(f"{shortened(problems)}; choose another with --step")
     return checkpoint
 
 
-def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint of a run, and what was wrong with newer ones. Collective.
+def newest_whole(run: Path) -> tuple[Checkpoint | None, dict[int, list[str]]]:
+    """The newest undamaged checkpoint of a run, and what is wrong with newer ones, by step. Collective.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; starting afresh would hide that.
     """
     steps = gather(saved_steps(run))[0]
-    problems: list[str] = []
+    damaged: dict[int, list[str]] = {}
     for step in reversed(steps):
         checkpoint, found = check(run / "checkpoints" / step_name(step))
         if checkpoint is not None:
-            return checkpoint, problems
-        problems += found
-    if problems:
+            return checkpoint, damaged
+        damaged[step] = found
+    if damaged:
         raise CheckpointError(
-            f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(problems[:5])}. Restore one, or remove the "
-            f"folder to start from the first step"
+            f"no checkpoint in {run / 'checkpoints'} is whole: {shortened([p for found in damaged.values() for p in found])}. "
+            f"Restore one, or remove the folder to start from the first step"
         )
-    return None, []
+    return None, {}
 
 
 def branch_source(branch_from: str) -> Path:
@@ -353,7 +522,7 @@ def branch_source(branch_from: str) -> Path:
         CheckpointError: not of that form, or no such checkpoint; the steps that are there are listed.
     """
     run_text, at, step_text = branch_from.rpartition("@")
-    if not at or not step_text.isdigit():
+    if not at or not step_text.isascii() or not step_text.isdigit() or len(step_text) > 13:
         raise CheckpointError(f"train.branch_from={branch_from} is not RUN@STEP, for example runs/trunk@109375")
     run, step = Path(run_text), int(step_text)
     path = run / "checkpoints" / step_name(step)

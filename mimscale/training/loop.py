@@ -90,10 +90,8 @@ def _prepare(task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ra
         if not start.resumed:
             check_branch(start.source, recipe)
     progress = Progress(start.step, train.iterations, ranks.is_first)
-    for problem in start.damaged:
-        progress.report(f"damaged checkpoint: {problem}; resuming from the one before it")
     engine = _build(task, config, ranks, start)
-    first_only(lambda: _open(folder, task, config, start.step))
+    first_only(lambda: _open(folder, task, config, start, progress))
     log = RunLog(folder, ranks, progress, start.step, engine.write_events)
     watch = Watchdog(folder.heartbeat, ranks, start.step, train.hang_minutes)
     engine.touch = watch.touch
@@ -147,9 +145,14 @@ def _build(task: Task, config: dict[str, Any], ranks: Ranks, start: StartingPoin
     )
 
 
-def _open(folder: RunFolder, task: Task, config: dict[str, Any], step: int) -> None:
+def _open(folder: RunFolder, task: Task, config: dict[str, Any], start: StartingPoint, progress: Progress) -> None:
+    for step, problems in start.damaged.items():
+        aside = checkpoints.set_aside(folder.path / "checkpoints" / step_name(step), "damaged")
+        progress.report(
+            f"damaged checkpoint: {checkpoints.shortened(problems)}; set aside as {aside.name}; resuming from the one before it"
+        )
     folder.describe(task.recipe, config)
-    MetricsLog(folder.metrics).rewind(step)
+    MetricsLog(folder.metrics).rewind(start.step)
     (folder.heartbeat / "end.json").unlink(missing_ok=True)
 
 

@@ -150,7 +150,9 @@ class Train(Section):
         None, "RUN@STEP of a run with the same past, whose checkpoint this run starts from.", "section 3.4", free=True
     )
     checkpoint_every: Positive = key(1000, "Iterations between two checkpoints.", free=True)
-    keep_checkpoints: Positive = key(2, "How many of the newest checkpoints are kept.", free=True)
+    keep_checkpoints: Positive = key(
+        2, "How many of the newest whole checkpoints are kept; at least two, pinned ones included.", free=True
+    )
     pinned_steps: Annotated[tuple[Positive, ...], Field(max_length=10_000)] = key(
         (), "Iterations whose checkpoints are written and kept too.", free=True
     )

@@ -13,7 +13,9 @@ from mimscale.training.recipe import AnyRecipe, RecipeError, RunRecipe, stored_r
 
 # What a checkpoint says of itself; a folder without it is none.
 MANIFEST = "checkpoint.json"
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,13})")
+# No run is longer; a name with a larger number is somebody else's.
+MOST_STEPS = 10**12
 
 
 def step_name(step: int) -> str:
@@ -21,11 +23,31 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name; ``None`` for any other name."""
+    match = _NAME.fullmatch(name)
+    step = int(match[1]) if match else None
+    return step if step is not None and step <= MOST_STEPS and step_name(step) == name else None
+
+
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint folder in a run, ascending; whether they are whole is not looked at."""
+    """Steps that have a checkpoint folder in a run, ascending; whether they are whole is not looked at.
+
+    What has such a name and holds nothing of a checkpoint is somebody else's, and is left out.
+    """
     folder = run / "checkpoints"
-    found = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    named = ((step_of(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(step for step, path in named if step is not None and _holds_parts(path))
+
+
+def _holds_parts(folder: Path) -> bool:
+    """Whether there is something of a checkpoint; where that cannot be seen, it counts as one, and as damaged."""
+    try:
+        return any(path.name == MANIFEST or path.suffix == ".safetensors" for path in folder.iterdir())
+    except NotADirectoryError:
+        return False
+    except OSError:
+        return True
 
 
 def read_recipe_value(path: Path, key: str) -> Any:

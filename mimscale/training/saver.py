@@ -51,14 +51,15 @@ class Saver:
 
     Args:
         run: the run folder, on a file system that all ranks share.
-        keep: newest checkpoints that stay.
+        keep: newest whole checkpoints that stay (see :class:`~mimscale.training.checkpoint.Retention`).
         pinned: steps that always stay.
         mode: "async" or "blocking".
         ranks: that save together.
     """
 
     def __init__(self, run: Path, keep: int, pinned: tuple[int, ...], mode: Literal["async", "blocking"], ranks: Ranks):
-        self.run, self.keep, self.pinned, self.mode, self.ranks = run, keep, pinned, mode, ranks
+        self.run, self.mode, self.ranks = run, mode, ranks
+        self.retention = checkpoints.Retention(run, keep, pinned)
         self._save: _Save | None = None
 
     def save(self, step: int, shapes: Shapes, state: State, about: dict[str, Any]) -> None:
@@ -144,7 +145,9 @@ class Saver:
             for share in shares:
                 share.unlink()
             checkpoints.commit(self.run, save.step, checkpoints.manifest(save.step, save.shapes, files, save.about))
-            checkpoints.rotate(self.run, self.keep, self.pinned)
+            self.retention.just_written(save.step, files)
+            for line in self.retention.apply():
+                print(f"damaged checkpoint: {line}", flush=True)
         except (OSError, ValueError) as error:
             save.failure = str(error)
 

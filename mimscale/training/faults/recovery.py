@@ -20,12 +20,12 @@ class StartingPoint:
     Attributes:
         source: the checkpoint; ``None`` for a new run.
         resumed: whether it is one of this run, and not of the trunk that the run branches from.
-        damaged: what is wrong with newer checkpoints.
+        damaged: what is wrong with newer checkpoints of the run, by step.
     """
 
     source: Checkpoint | None
     resumed: bool
-    damaged: list[str]
+    damaged: dict[int, list[str]]
 
     @property
     def step(self) -> int:
@@ -50,7 +50,7 @@ def starting_point(folder: RunFolder, recipe: RunRecipe) -> StartingPoint:
     source, problems = checkpoints.check(checkpoints.branch_source(recipe.train.branch_from))
     if source is None:
         raise CheckpointError(f"train.branch_from: {'; '.join(problems)}")
-    return StartingPoint(source, False, problems)
+    return StartingPoint(source, False, {})
 
 
 def same_past(old: RunRecipe, new: RunRecipe, step: int) -> bool:
