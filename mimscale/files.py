@@ -1,12 +1,17 @@
-"""Files: written as a whole, so that a reader sees the old one or the new one; read with a bound, and only regular ones."""
+"""Files: written as a whole, so that a reader sees the old one or the new one; read with a bound, and only regular ones.
+
+Whoever may write into a folder may plant links in it. So nothing is ever written through a link in the place of a file: a file
+that is written as a whole takes the link's place, and one that is added to is refused. Links to folders are followed.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import secrets
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,12 +24,34 @@ LARGEST = 64 * 2**20
 
 
 class UnfitFile(OSError):
-    """A path that is no regular file, or one that holds more than it may; the message names it."""
+    """A path that is no regular file, or one that holds something else than it should; the message names it.
+
+    Args:
+        path: the file.
+        what: what is wrong with it, in words that follow its name.
+    """
+
+    def __init__(self, path: Path | str, what: str = ""):
+        super().__init__(f"{printable(os.fspath(path), 4096)} {what}" if what else os.fspath(path))
+        if what:  # else it comes out of a pickle, with its message alone
+            self.filename, self.strerror = os.fspath(path), what
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+# What a full disk, a used-up quota or a limit on files says.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a name on the disk, in bytes.
+_LONGEST_NAME = 255
 
 
 @contextmanager
 def write_beside(path: Path, durable: bool = False, folder: Path | None = None) -> Iterator[Path]:
     """Give a place to write to, which becomes ``path`` when the block ends; where it raises, ``path`` stays as it was.
+
+    The place is a new, empty file of a name that nobody can guess, so that no link can be waiting there. Where ``path`` is a
+    link, the file takes its place, and what the link leads to stays as it is.
 
     Args:
         path: the file; its folder is made where it is missing.
@@ -32,21 +59,107 @@ def write_beside(path: Path, durable: bool = False, folder: Path | None = None) 
         folder: where the place shall be, on the same file system; by default beside ``path``.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; it names ``path``, also where the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}"
-    beside = (folder or path.parent) / name
+    beside: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = _new_file(folder or path.parent, path.name)
         yield beside
         if durable:
             sync(beside)
         beside.replace(path)
+    except OSError as error:
+        if (error.filename is None and error.errno in _FULL) or (beside and error.filename == str(beside)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+        if beside is not None:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
     if durable:
         sync(path.parent)
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    mark = f".partial-{secrets.token_hex(8)}"
+    kept = os.fsencode(name)[: _LONGEST_NAME - len(mark) - 1]
+    path = folder / f".{os.fsdecode(kept)}{mark}"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+    return path
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; for one process to call while no other writes there.
+
+    Raises:
+        OSError: something of such a name cannot be removed.
+    """
+    for path in folder.glob(".*.partial-*"):
+        path.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> int:
+    """Open a file to add to its end (a log, or a lock), make it where it is missing, and return its descriptor.
+
+    Raises:
+        UnfitFile: it is a link, or no regular file.
+        OSError: it cannot be opened.
+    """
+    what = "is not a regular file"
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for somebody to read from it.
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, how, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            what = "is a link, and what it leads to is not written to"
+        elif error.errno not in (errno.ENXIO, errno.EISDIR):
+            raise
+    raise UnfitFile(path, f"{what}; remove it and try again")
+
+
+def append_text(path: Path, content: str) -> None:
+    """Add to the end of a file that no other process adds to, in UTF-8, all of ``content`` or nothing.
+
+    Raises:
+        UnfitFile: see :func:`open_to_append`.
+        OSError: it cannot be written; it names ``path``, also where the disk is full.
+    """
+    rest = memoryview(content.encode())
+    descriptor = open_to_append(path)
+    before = os.fstat(descriptor).st_size
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(descriptor, before)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file the first free name of ``NAME.damaged-1``, ``-2`` and so on; returns where it is now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    aside = free_name(path)
+    path.rename(aside)
+    return aside
+
+
+def free_name(path: Path) -> Path:
+    """The first of ``NAME.damaged-1``, ``-2`` and so on beside ``path`` that is not taken."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    return aside
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
@@ -80,7 +193,7 @@ def open_regular(path: Path | str) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnfitFile(f"{printable(os.fspath(path))} is not a regular file")
+        raise UnfitFile(path, "is not a regular file")
     return descriptor
 
 
@@ -98,8 +211,15 @@ def read_bytes(path: Path | str, most: int = LARGEST) -> bytes:
     with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UnfitFile(f"{printable(os.fspath(path))} holds more than {counted(most, 'byte')}, the most that is read")
+        raise UnfitFile(path, f"holds more than {counted(most, 'byte')}, the most that is read")
     return content
+
+
+def read_end(path: Path | str, most: int) -> bytes:
+    """The last ``most`` bytes of a file, or all that there are; errors as in :func:`open_regular`."""
+    with open(open_regular(path), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most)
 
 
 def read_text(path: Path | str, most: int = LARGEST) -> str:
@@ -112,7 +232,7 @@ def read_text(path: Path | str, most: int = LARGEST) -> str:
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise UnfitFile(f"{printable(os.fspath(path))} is not UTF-8 text (byte {problem.start})") from None
+        raise UnfitFile(path, f"is not UTF-8 text (byte {problem.start})") from None
 
 
 def parse_json(text: str | bytes, strict: bool = False) -> Any:
@@ -135,6 +255,16 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a parsed value is a number that can be computed with; NaN and infinity, of a run that diverged, are."""
+    return type(value) is float or is_whole(value, -(2**63))
+
+
+def is_whole(value: Any, least: int = 0) -> bool:
+    """Whether a parsed value is a whole number from ``least`` to what 64 bits hold."""
+    return type(value) is int and least <= value < 2**63
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,4 +299,4 @@ def read_json(path: Path | str, most: int = LARGEST) -> Any:
     try:
         return parse_json(read_bytes(path, most))
     except ValueError as problem:
-        raise UnfitFile(f"{printable(os.fspath(path))} is no JSON: {problem}") from None
+        raise UnfitFile(path, f"is no JSON: {problem}") from None

@@ -71,6 +71,7 @@ def lay_out(destination: Path, seed: int = 0, copy: bool = False, limit: int | N
                 if copy:
                     shutil.copyfile(paths[index], beside)
                 else:
+                    beside.unlink()
                     beside.symlink_to(paths[index])
     return counts
 

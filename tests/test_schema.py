@@ -311,7 +311,7 @@ def test_a_file_of_another_kind_is_said_to_be_one(file, reader, says):
 def test_the_status_of_a_run_whose_recipe_cannot_be_read_names_the_file(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("train: [\n")
     assert status([str(tmp_path)]) == 1
-    assert f"mimscale: error: {tmp_path}/recipe.yaml is not valid YAML" in capsys.readouterr().err
+    assert f"damaged: {tmp_path}/recipe.yaml is not valid YAML" in capsys.readouterr().out
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ def _runs(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         inside = sorted(child.parent for child in path.glob("*/recipe.yaml"))
-        found += [path] if (path / "recipe.yaml").exists() or not inside else inside
+        found += [path] if os.path.lexists(path / "recipe.yaml") or not inside else inside
     return found
 
 
@@ -30,13 +31,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command: status 0 when every run is finished or running, else 1."""
     arguments = parser().parse_args(argv)
-    from mimscale.schema import SchemaError
     from mimscale.training.status import status
 
     while True:
         try:
             found = [status(run) for run in _runs(arguments.runs)]
-        except (FileNotFoundError, SchemaError) as error:
+        except OSError as error:
             print(f"mimscale: error: {error}", file=sys.stderr)
             return 1
         text = "\n".join(map(str, found))

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mimscale.files import write_text
 from mimscale.study.spec import StudyError
 from mimscale.training.planning.zero import GPU_SHARE, Load
 from mimscale.training.recipe import Recipe, RecipeError, RunRecipe
@@ -112,7 +113,7 @@ def write(recipes: Iterable[RunRecipe], path: Path) -> None:
     """Count every model once, and write one entry a line."""
     found = {key(recipe): recipe for recipe in recipes}
     lines = [f" {json.dumps(name)}: {json.dumps(count(recipe))}" for name, recipe in found.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

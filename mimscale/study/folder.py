@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mimscale.files import write_text
-from mimscale.schema import differences, read_yaml
+from mimscale.files import UnfitFile, is_number, is_whole, read_json, write_text
+from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
 from mimscale.training.launch.slurm_queue import queued_jobs
-from mimscale.training.recipe import RecipeError, stored_recipe
+from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import MANIFEST, RunFolder
+from mimscale.wording import printable
 
 
 @dataclass
@@ -56,6 +58,34 @@ class Record:
     pid_since: float = 0.0
 
 
+def _record(path: Path) -> Record:
+    """Read a job's record.
+
+    Raises:
+        UnfitFile: it is none.
+        OSError: it cannot be read.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict) or not values.keys() <= _KINDS.keys():
+        raise UnfitFile(path, "is something else")
+    for key, value in values.items():
+        if not _KINDS[key](value):
+            raise UnfitFile(path, f"its {key} is {printable(value, 60)}")
+    return Record(**values)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("digest", "start_digest", "build", "note", "verdict", "slurm"), lambda value: isinstance(value, str)
+    ),
+    "state": lambda value: value in ("", "failed", "stopped"),
+    "tries": is_whole,
+    "saved": is_number,
+    "pid": lambda value: is_whole(value) and value < 2**31,
+    "pid_since": is_number,
+}
+
+
 class StudyFolder:
     """Reads and writes a study's output."""
 
@@ -81,13 +111,21 @@ class StudyFolder:
         """
         path = self._record(job)
         try:
-            return Record(**json.loads(path.read_text()))
+            return _record(path)
         except FileNotFoundError:
             return Record()
-        except (ValueError, TypeError) as error:
+        except OSError as error:
             raise StudyError(
-                f"{path} is no record of a job ({error}); remove it, and {job.id} counts as not tried"
+                f"{printable(path)} is no record of a job ({printable(error.strerror)}); remove it, and {job.id} counts as "
+                "not tried"
             ) from None
+
+    def readable_record(self, job: Job) -> Record:
+        """As :meth:`record`; a damaged one counts as none, with a note that says so."""
+        try:
+            return self.record(job)
+        except StudyError as error:
+            return Record(note=str(error))
 
     def write(self, job: Job, record: Record) -> None:
         """Replace a job's record."""
@@ -104,17 +142,23 @@ class StudyFolder:
         """
         path = self.run(job).result
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise StudyError(_half_written(path, str(error))) from None
+        except OSError as error:
+            raise StudyError(_half_written(path, str(error.strerror))) from None
         if not isinstance(found, dict) or not {"steps", "train_loss", "validation"} <= found.keys():
             raise StudyError(_half_written(path, "it lacks steps, train_loss or validation"))
         if found["steps"] != job.recipe.train.iterations:
             raise StudyError(
-                _half_written(path, f"it ends at step {found['steps']}, not {job.recipe.train.iterations}")
+                _half_written(
+                    path, f"it ends at step {printable(found['steps'], 40)}, not {job.recipe.train.iterations}"
+                )
             )
+        if found["train_loss"] is not None and not is_number(found["train_loss"]):
+            raise StudyError(_half_written(path, "its train_loss is no number"))
+        if found["validation"] is not None and not isinstance(found["validation"], dict):
+            raise StudyError(_half_written(path, "its validation holds no figures"))
         return found
 
     def done(self, job: Job) -> bool:
@@ -136,7 +180,7 @@ class StudyFolder:
         Raises:
             SlurmError: Slurm does not answer.
         """
-        return queued_jobs() if any(self.record(job).slurm for job in jobs.values()) else {}
+        return queued_jobs() if any(self.readable_record(job).slurm for job in jobs.values()) else {}
 
     def build(self, job: Job) -> str:
         """The build of the shards that a job reads, ``""`` where the study does not name them.
@@ -180,10 +224,12 @@ class StudyFolder:
         found: list[str] = []
         try:
             self.result(job)
-            found += self._other_recipe(job, jobs)
+            # To start something, the records must be known; to look at it, a damaged one is none.
+            record = self.record(job) if shards else self.readable_record(job)
+            found += self._other_recipe(job, jobs, record)
             if shards:
                 found += _unset(job)
-                build, before = self.build(job), self.record(job).build
+                build, before = self.build(job), record.build
                 if build and before and build != before:
                     found.append(
                         f"{self.run(job).path} was trained on shards of build {before}, but shards.{job.shards} is build "
@@ -193,18 +239,18 @@ class StudyFolder:
             found.append(str(error))
         return found
 
-    def _other_recipe(self, job: Job, jobs: dict[str, Job]) -> list[str]:
-        folder, record = self.run(job), self.record(job)
+    def _other_recipe(self, job: Job, jobs: dict[str, Job], record: Record) -> list[str]:
+        folder = self.run(job)
         hint = f"remove {folder.path} to run {job.id} anew, or choose another output"
         problems = []
-        if folder.recipe.exists():
+        if os.path.lexists(folder.recipe):
             try:
-                saved = stored_recipe(
-                    read_yaml(folder.recipe, "recipe", RecipeError), str(folder.recipe), type(job.recipe)
-                )
+                saved = folder.saved_recipe(type(job.recipe))
             except RecipeError as error:
+                if record.digest == job.digest:  # the job's own, and a resume writes it anew
+                    return []
                 return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
-            if recipe_digest(saved) != job.digest:
+            if saved is not None and recipe_digest(saved) != job.digest:
                 differing = differences(saved, job.recipe, saved.free_keys | {"finetune.from"})
                 problems.append(
                     f"{folder.path} holds a run of another recipe ({'; '.join(differing)}: there against here); {hint}"
@@ -239,6 +285,6 @@ def _unset(job: Job) -> list[str]:
 
 def _half_written(path: Path, why: str) -> str:
     return (
-        f"{path} is half-written or damaged ({why}); remove it and run the study again: the run ends anew from its last "
-        "checkpoint"
+        f"{path} is half-written or damaged ({printable(why)}); remove it and run the study again: the run ends anew from "
+        "its last checkpoint"
     )

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from mimscale.files import write_beside
 from mimscale.study.jobs import Job, decoder_of
 from mimscale.study.results.cells import length, title
 from mimscale.study.spec import Study
@@ -94,7 +95,8 @@ def draw_graph(study: Study, jobs: dict[str, Job], folder: Path) -> list[Path]:
     written = []
     for suffix in ("svg", "png"):
         written.append(folder / f"graph.{suffix}")
-        figure.savefig(written[-1], dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+        with write_beside(written[-1]) as beside, beside.open("wb") as file:
+            figure.savefig(file, format=suffix, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
     plt.close(figure)
     return written
 

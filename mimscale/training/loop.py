@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mimscale.files import write_text
+from mimscale.files import remove_partial
 from mimscale.training import checkpoint as checkpoints
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
@@ -22,7 +21,7 @@ from mimscale.training.errors import CheckpointError, CorruptedUpdateError, Trai
 from mimscale.training.faults.preemption import Preempted, StopRequests
 from mimscale.training.faults.recovery import StartingPoint, check_branch, check_resumable, starting_point
 from mimscale.training.faults.spikes import WINDOW, Apply, LeftOut, RollBack, Skip, SpikePolicy, Stop
-from mimscale.training.faults.watchdog import Watchdog
+from mimscale.training.faults.watchdog import Watchdog, forget_end
 from mimscale.training.metrics import MetricsLog, Progress, RunLog, duration
 from mimscale.training.planning.counting import peak_bytes
 from mimscale.training.planning.throughput import device_peak
@@ -84,7 +83,7 @@ def _prepare(task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ra
     start = starting_point(folder, recipe)
     left_out = LeftOut(folder.path / "left_out.json", ranks.is_first)
     # Checked before anything is written, so that a mistake leaves the folder as it was.
-    first_only(lambda: check_resumable(folder, recipe, start.step))
+    first_only(lambda: check_resumable(folder, recipe, start))
     if start.source is not None:
         task.check_data(start.source)
         if not start.resumed:
@@ -127,6 +126,8 @@ def _settle(task: Task, ds_config: dict[str, Any], ranks: Ranks) -> dict[str, An
 def _tidy(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(folder.path)
+    for written in (folder.path, folder.heartbeat):
+        remove_partial(written)
 
 
 def _build(task: Task, config: dict[str, Any], ranks: Ranks, start: StartingPoint) -> Engine:
@@ -151,9 +152,10 @@ def _open(folder: RunFolder, task: Task, config: dict[str, Any], start: Starting
         progress.report(
             f"damaged checkpoint: {checkpoints.shortened(problems)}; set aside as {aside.name}; resuming from the one before it"
         )
-    folder.describe(task.recipe, config)
-    MetricsLog(folder.metrics).rewind(start.step)
-    (folder.heartbeat / "end.json").unlink(missing_ok=True)
+    damaged = folder.describe(task.recipe, config)
+    damaged += [MetricsLog(folder.metrics).rewind(start.step), forget_end(folder.heartbeat)]
+    for problem in filter(None, damaged):
+        progress.report(f"damaged: {problem}")
 
 
 def _described(task: Task, config: dict[str, Any], ranks: Ranks, engine: Engine) -> str:
@@ -193,7 +195,6 @@ class _Run:
     saver: Saver
     watch: Watchdog
     peak_flops: float
-    began: float = field(default_factory=time.monotonic)
 
     def train(self, stop: StopRequests) -> RollBack | None:
         """Steps up to ``train.iterations``, with validation and checkpoints on the way.
@@ -354,7 +355,8 @@ class _Run:
             records = self.log.metrics.read()
             result = self._result(records, skipped, peaks)
             self.task.draw_curves(records, self.folder.curves)
-            write_text(self.folder.result, json.dumps(result, indent=2) + "\n")
+            if damaged := self.folder.finish(result):
+                self.log.progress.report(f"damaged: {damaged}")
             self.log.close()
             self._point_out(result)
         self.engine.close()
@@ -362,6 +364,7 @@ class _Run:
 
     def _result(self, records: list[dict[str, Any]], skipped: dict[str, str], peaks: list[float]) -> dict[str, Any]:
         training = [r for r in records if "loss" in r]
+        rates = sorted(r["images_per_s"] for r in training if "images_per_s" in r)
         tail = training[-max(1, len(training) // 20) :]
         return {
             "steps": self.step,
@@ -369,10 +372,10 @@ class _Run:
             "final_loss": training[-1]["loss"] if training else None,
             "train_loss": sum(r["loss"] for r in tail) / len(tail) if tail else None,
             **self.task.result(records),
-            "images_per_s": sorted(r["images_per_s"] for r in training)[len(training) // 2] if training else None,
+            "images_per_s": rates[len(rates) // 2] if rates else None,
             "skipped": skipped,
             "left_out": {str(step + 1): reason for step, reason in self.policy.left_out.reasons.items()},
-            "seconds": time.monotonic() - self.began,
+            "seconds": time.monotonic() - self.log.started,
             "ranks": self.ranks.world_size,
             "zero_stage": self.engine.stage,
             "peak_memory_gb": peaks,

@@ -3,55 +3,157 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mimscale.files import write_text
+from mimscale.files import (
+    UnfitFile,
+    append_text,
+    free_name,
+    is_number,
+    is_whole,
+    open_regular,
+    parse_json,
+    set_aside,
+    write_beside,
+)
 from mimscale.training.run_folder import RunFolder, step_name
+from mimscale.wording import counted, printable
 
 if TYPE_CHECKING:
     from mimscale.training.ranks import Ranks
     from mimscale.training.task import ValidationResult
 
 LOG_SECONDS = 10.0
+# Bytes of a line of metrics.jsonl; the longest that are written have a few thousand.
+LONGEST_LINE = 2**20
+# Bytes of metrics.jsonl: some ten million steps.
+LONGEST_LOG = 2**31
+NUMBERS = ("loss", "lr", "grad_norm", "images_per_s", "mfu")
 BAR = "{n_fmt}/{total_fmt} {bar:12} {postfix} | {elapsed} < {remaining}"
 
 
+class LoggedLine(NamedTuple):
+    """A line of ``metrics.jsonl``: its bytes, and either what it holds or what is wrong with it."""
+
+    text: bytes
+    record: dict[str, Any] | None
+    problem: str
+
+
 class MetricsLog:
-    """``metrics.jsonl``: one object a line, in the order of the steps."""
+    """``metrics.jsonl``: one object a line, in the order of the steps.
+
+    A line that is cut, no JSON or of wrong types is passed over, and :attr:`damage` says so.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.damage = ""
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is left out."""
-        records = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and "step" in record:
-                    records.append(record)
-        return records
+        """What all whole lines hold; sets :attr:`damage`, which is empty where nothing is wrong."""
+        return list(self.records())
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step``: the resumed run will log those steps again."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+    def records(self) -> Iterator[dict[str, Any]]:
+        """As :meth:`read`, one after the other; :attr:`damage` is set at the end."""
+        damaged, first = 0, ""
+        try:
+            for number, line in enumerate(self._lines(), 1):
+                if line.record is not None:
+                    yield line.record
+                else:
+                    damaged += 1
+                    first = first or f"line {number} {line.problem}"
+        except OSError as error:
+            first = printable(error.strerror) if isinstance(error, UnfitFile) else f"cannot be read ({error.strerror})"
+        some = f"has {counted(damaged, 'damaged line')}: " if damaged else ""
+        self.damage = f"{printable(self.path)} {some}{first}" if first else ""
+
+    def _lines(self) -> Iterator[LoggedLine]:
+        """The file's lines; one that is too long comes in pieces.
+
+        Raises:
+            OSError: it cannot be read, or is too long.
+        """
+        try:
+            descriptor = open_regular(self.path)
+        except FileNotFoundError:
+            return
+        with os.fdopen(descriptor, "rb") as file:
+            while text := file.readline(LONGEST_LINE):
+                if file.tell() > LONGEST_LOG:
+                    raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")
+                try:
+                    yield LoggedLine(text, _logged(text), "")
+                except ValueError as error:
+                    yield LoggedLine(text, None, str(error))
+
+    def rewind(self, step: int) -> str:
+        """Drop what was logged after ``step``: the resumed run will log those steps again.
+
+        Damaged lines, or something else in the file's place, are moved to a name of their own.
+
+        Returns:
+            What was moved and where to, for people; empty where nothing was.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        aside = free_name(self.path)
+        with write_beside(self.path) as beside, beside.open("w", encoding="utf-8") as kept:
+            for record in self.records():
+                if record["step"] <= step:
+                    kept.write(json.dumps(record) + "\n")
+            if self.damage:
+                self._keep_damaged(aside)
+        return f"{self.damage}; kept as {printable(aside)}" if self.damage else ""
+
+    def _keep_damaged(self, aside: Path) -> None:
+        try:
+            with write_beside(aside) as beside, beside.open("wb") as file:
+                file.writelines(line.text for line in self._lines() if line.record is None)
+        except UnfitFile:
+            set_aside(self.path)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one line; it is with the operating system when this returns, so a kill does not lose it."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add one line; it is with the operating system when this returns, so a kill does not lose it.
+
+        Raises:
+            OSError: it cannot be written; the file is named, also where the disk is full.
+        """
+        append_text(self.path, json.dumps(record) + "\n")
+
+
+def _logged(text: bytes) -> dict[str, Any]:
+    """What a line of ``metrics.jsonl`` holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(text) == LONGEST_LINE:
+        raise ValueError(f"has more than {counted(LONGEST_LINE, 'byte')}")
+    try:
+        record = parse_json(text)
+    except ValueError:
+        raise ValueError("is no JSON" if text.endswith(b"\n") else "is cut") from None
+    if not isinstance(record, dict) or not is_whole(record.get("step")):
+        raise ValueError("has no step")
+    for key, value in record.items():
+        if (key in NUMBERS or key.startswith("val_")) and not is_number(value):
+            raise ValueError(f"has a {printable(key, 60)} that is no number")
+    return record
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 45 s, 3 min 20 s, 5 h 07 min, 2 d 03 h."""
+    """Seconds as people read them: 45 s, 3 min 20 s, 5 h 07 min, 2 d 03 h. A clock that was set back counts as 0 s."""
+    if not 0 <= seconds < 1e11:
+        return "0 s" if seconds < 0 else "an unknown time"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -131,11 +233,13 @@ class RunLog:
         self.metrics = MetricsLog(folder.metrics)
         self.board = None
         self.skipped: dict[str, str] = {}
-        self.started = time.time()
+        self.started = time.monotonic()
         if ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+            # A name that nobody can guess: no link can be waiting there, and it would be written through.
+            mark = f".{secrets.token_hex(8)}"
+            self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, filename_suffix=mark)
 
     def losses(self) -> list[float]:
         """The training losses logged so far; on the first rank."""

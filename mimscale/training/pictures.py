@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def loss_curves(records: list[dict[str, Any]], path: Path, baseline: float | Non
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss")
     rate = axes.twinx()
-    rate.plot([r["step"] for r in train], [r["lr"] for r in train], lw=0.8, color="#999999", ls=":")
+    rate.plot([r["step"] for r in train], [r.get("lr", math.nan) for r in train], lw=0.8, color="#999999", ls=":")
     rate.set_ylabel("learning rate (dotted)", color="#777777")
     rate.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

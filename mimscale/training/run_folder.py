@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from mimscale.files import write_text
-from mimscale.schema import read_yaml
+from mimscale.files import read_json, set_aside, write_text
+from mimscale.schema import differences, read_yaml
 from mimscale.training.recipe import AnyRecipe, RecipeError, RunRecipe, stored_recipe
+from mimscale.wording import printable
 
 # What a checkpoint says of itself; a folder without it is none.
 MANIFEST = "checkpoint.json"
@@ -58,6 +60,10 @@ def read_recipe_value(path: Path, key: str) -> Any:
     return value
 
 
+class DamagedRecipe(RecipeError):
+    """A run's ``recipe.yaml`` that is no YAML of sections."""
+
+
 class RunFolder:
     """Paths of a run's files."""
 
@@ -75,25 +81,60 @@ class RunFolder:
         """The recipe that the run was started with, or ``None`` for a new run.
 
         Raises:
-            RecipeError: the file was changed into something that is no recipe.
+            DamagedRecipe: the file holds no recipe of any kind.
+            RecipeError: it is one of another kind, or was changed into something that is none.
         """
-        if not self.recipe.exists():
+        if not os.path.lexists(self.recipe):
             return None
-        try:
-            values = read_yaml(self.recipe, "recipe", RecipeError)
-        except RecipeError as error:
-            raise RecipeError(f"{error}; restore it, or choose another --output") from None
+        values = read_yaml(self.recipe, "recipe", DamagedRecipe)
         return stored_recipe(values, str(self.recipe), schema)
 
-    def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> None:
-        """Write the resolved recipe and DeepSpeed configuration."""
+    def describe(self, recipe: RunRecipe, ds_config: dict[str, Any]) -> list[str]:
+        """Write the resolved recipe and DeepSpeed configuration.
+
+        Returns:
+            What was damaged and where it is kept, for people.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        damaged = []
+        if why := self._unfit(recipe):
+            damaged.append(f"{why}; kept as {printable(set_aside(self.recipe))}")
         head = "# The resolved recipe of this run; a second start with the same one resumes it.\n"
         write_text(self.recipe, head + recipe.to_yaml())
         write_text(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
+        return damaged
+
+    def _unfit(self, recipe: RunRecipe) -> str:
+        """Why ``recipe.yaml`` is not that of a run which ``recipe`` continues; empty where it is, or is not there."""
+        try:
+            saved = self.saved_recipe(type(recipe))
+        except RecipeError as error:
+            return printable(" ".join(str(error).split()), 600)
+        differing = differences(saved, recipe, recipe.free_keys | {"train.iterations"}) if saved else []
+        where = f"{printable(self.recipe)} is not what the checkpoint was trained with"
+        return f"{where} ({'; '.join(differing)}: there against here)" if differing else ""
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that has ended, else ``None``."""
+        """The result of a run that has ended, else ``None``, also where the file is damaged."""
         try:
-            return json.loads(self.result.read_text())
-        except (FileNotFoundError, ValueError):
+            found = read_json(self.result)
+        except OSError:
             return None
+        return found if isinstance(found, dict) else None
+
+    def finish(self, result: dict[str, Any]) -> str:
+        """Write the result.
+
+        Returns:
+            What was damaged in its place and where that is kept; empty where nothing was.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        damaged = ""
+        if os.path.lexists(self.result) and self.finished() is None:
+            damaged = f"{printable(self.result)} is damaged; kept as {printable(set_aside(self.result))}"
+        write_text(self.result, json.dumps(result, indent=2) + "\n")
+        return damaged

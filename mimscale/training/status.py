@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mimscale.training.faults.watchdog import read_heartbeats
+from mimscale.files import is_whole
+from mimscale.training.faults.watchdog import read_end, read_heartbeats
 from mimscale.training.metrics import MetricsLog, duration
-from mimscale.training.run_folder import read_recipe_value, saved_steps
-from mimscale.wording import counted
+from mimscale.training.recipe import RecipeError
+from mimscale.training.run_folder import RunFolder, read_recipe_value, saved_steps
+from mimscale.wording import counted, printable
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run: its state, where it is, and a line on its health."""
+    """One run: its state, where it is, a line on its health, and what in its folder is damaged."""
 
     run: Path
     state: str
@@ -24,41 +28,80 @@ class Status:
     total: int | None
     figures: str
     health: str
+    damage: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = f" ({self.step / self.total:.0%})" if self.total else ""
-        lines = [f"{self.run}: {self.state}, step {self.step}{f'/{self.total}' if self.total else ''}{share}"]
-        return "\n  ".join([*lines, *(text for text in (self.figures, self.health) if text)])
+        lines = [
+            f"{printable(self.run)}: {self.state}, step {self.step}{f'/{self.total}' if self.total else ''}{share}"
+        ]
+        damage = [f"damaged: {text}" for text in self.damage]
+        return "\n  ".join([*lines, *(text for text in (self.figures, self.health) if text), *damage])
 
 
 def status(run: Path) -> Status:
-    """Look at one run folder.
+    """Look at one run folder; what is damaged in it is named, and the rest shown.
 
     Raises:
         FileNotFoundError: it is no run folder.
     """
-    if not (run / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run} is no run folder: it has no recipe.yaml")
-    total = read_recipe_value(run / "recipe.yaml", "train.iterations")
-    records = MetricsLog(run / "metrics.jsonl").read()
-    training = [record for record in records if "loss" in record]
-    step = records[-1]["step"] if records else 0
-    state, health = _state(run)
-    return Status(run, state, step, total, _figures(run, training, records, step, total), health)
+    if not os.path.lexists(run / "recipe.yaml"):
+        raise FileNotFoundError(f"{printable(run)} is no run folder: it has no recipe.yaml")
+    damage: list[str] = []
+    total, batch = _sizes(run / "recipe.yaml", damage)
+    logged = _logged(run / "metrics.jsonl", damage)
+    state, health = _state(run, damage)
+    return Status(run, state, logged.step, total, _figures(run, logged, total, batch), health, tuple(damage))
 
 
-def _state(run: Path) -> tuple[str, str]:
-    if (run / "result.json").exists():
-        return "finished", ""
-    end = run / "heartbeat" / "end.json"
-    beats = read_heartbeats(run / "heartbeat")
-    now = time.time()
-    if end.exists():
+def _sizes(recipe: Path, damage: list[str]) -> tuple[int | None, int | None]:
+    """Steps and images a step."""
+    found: list[int | None] = []
+    for key in ("train.iterations", "train.global_batch"):
         try:
-            said = json.loads(end.read_text())
-            return said["state"], f"{duration(now - said['time'])} ago: {said['message']}"
-        except (OSError, ValueError, KeyError):
-            pass
+            value = read_recipe_value(recipe, key)
+        except RecipeError as error:
+            damage.append(str(error))
+            return None, None
+        if value is not None and not is_whole(value, 1):
+            damage.append(f"{printable(recipe)} has {key}={printable(value, 60)}, which is no number of them")
+        found.append(value if is_whole(value, 1) else None)
+    return found[0], found[1]
+
+
+@dataclass
+class _Logged:
+    """The last lines of ``metrics.jsonl``."""
+
+    step: int = 0
+    training: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=20))
+    validation: dict[str, Any] | None = None
+
+
+def _logged(path: Path, damage: list[str]) -> _Logged:
+    log, found = MetricsLog(path), _Logged()
+    for record in log.records():
+        found.step = record["step"]
+        if "loss" in record:
+            found.training.append(record)
+        if "val_loss" in record:
+            found.validation = record
+    damage += [log.damage] if log.damage else []
+    return found
+
+
+def _state(run: Path, damage: list[str]) -> tuple[str, str]:
+    if os.path.lexists(run / "result.json"):
+        if RunFolder(run).finished() is not None:
+            return "finished", ""
+        damage.append(f"{printable(run / 'result.json')}; the same command writes it anew")
+    beats = read_heartbeats(run / "heartbeat", damage)
+    now = time.time()
+    try:
+        if (end := read_end(run / "heartbeat")) is not None:
+            return printable(end.state, 60), f"{duration(now - end.time)} ago: {printable(end.message, 2000)}"
+    except OSError as error:
+        damage.append(str(error))
     if not beats:
         return "not started", ""
     silent = [beat for beat in beats if beat.is_silent(now)]
@@ -71,19 +114,22 @@ def _state(run: Path) -> tuple[str, str]:
     return "running", f"{counted(len(beats), 'rank')}; {slowest.place} for {duration(now - slowest.since)}"
 
 
-def _figures(run: Path, training: list[dict], records: list[dict], step: int, total: int | None) -> str:
+def _figures(run: Path, logged: _Logged, total: int | None, batch: int | None) -> str:
     parts = []
-    if training:
-        last = training[-20:]
-        parts.append(f"loss {statistics.median(record['loss'] for record in last):.4f}")
-        rate = statistics.median(record["images_per_s"] for record in last)
-        parts.append(f"{rate:.1f} images/s")
-        batch = read_recipe_value(run / "recipe.yaml", "train.global_batch")
-        if total and batch and rate > 0 and step < total:
-            parts.append(f"ETA {duration((total - step) * batch / rate)}")
-    validations = [record for record in records if "val_loss" in record]
-    if validations:
-        parts.append(f"validation {validations[-1]['val_loss']:.4f} at step {validations[-1]['step']}")
+    if logged.training:
+        parts.append(f"loss {_shown(statistics.median(record['loss'] for record in logged.training), 4)}")
+        rates = [record["images_per_s"] for record in logged.training if "images_per_s" in record]
+        rate = statistics.median(rates) if rates else 0
+        parts += [f"{_shown(rate, 1)} images/s"] if rates else []
+        if total and batch and rate > 0 and logged.step < total:
+            parts.append(f"ETA {duration((total - logged.step) * batch / rate)}")
+    if logged.validation:
+        parts.append(f"validation {_shown(logged.validation['val_loss'], 4)} at step {logged.validation['step']}")
     saved = saved_steps(run)
     parts.append(f"checkpoint of step {saved[-1]}" if saved else "no checkpoint yet")
     return " | ".join(parts)
+
+
+def _shown(value: float, digits: int) -> str:
+    """A number with so many digits behind the point, however large it is."""
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"

@@ -106,7 +106,7 @@ class TransferTask(Task):
         return {
             "task": self.recipe.task,
             "metric": self.metric,
-            "value": last[f"val_{self.metric}"] if last else None,
+            "value": last.get(f"val_{self.metric}") if last else None,
             "from": self.recipe.finetune.source,
             "validation": last,
         }

@@ -71,7 +71,13 @@ def test_a_checkpoint_damaged_after_it_was_seen_whole_is_seen(run):
 
 def test_what_is_not_a_checkpoint_is_neither_counted_nor_touched(run):
     folder = run / "checkpoints"
-    for name in ("step_00000099", "step_" + "9" * 20, "step_000000000007", "step_٠٠٠٠٠٠٠١", ".saving_of_mine_step_1"):
+    for name in (
+        "step_00000099",
+        "step_" + "9" * 20,
+        "step_000000000007",
+        "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661",
+        ".saving_of_mine_step_1",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "step_00000098").write_text("a note")
     foreign = names(run)

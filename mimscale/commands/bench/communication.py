@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimscale.files import write_text
 from mimscale.torch_private import operator_arguments
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
@@ -109,7 +110,7 @@ def _worker(argv: list[str]) -> None:
     ranks = start_ranks()
     found = [count_steps(load_recipe(cell["recipe"], cell["overrides"]), cell["config"]) for cell in cells]
     if ranks.is_first:
-        Path(output).write_text(json.dumps(found))
+        write_text(Path(output), json.dumps(found))
     stop_ranks()
 
 

@@ -34,6 +34,7 @@ from mimscale.data.shards.store import PIXELS
 from mimscale.data.stream import augment
 from mimscale.data.stream.crops import CropSpec
 from mimscale.data.stream.mim import MIMStream
+from mimscale.files import write_text
 
 SIZE = 192
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
@@ -307,7 +308,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mimscale.commands.bench.step import LEARNING_RATE, TimmSimMIM
+from mimscale.files import write_text
 from mimscale.masking import SIMMIM_RATIO, masked_up
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
@@ -208,7 +209,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
         if ranks.is_first:
             waits = ", ".join(f"{count} {name}" for name, count in seen.waits.items()) or "none"
             print(f"profile of a step: {seen.kernels} kernels, busy {seen.busy * 1e3:.1f} ms; waits: {waits}")
-            Path(arguments.profile).write_text(seen.table)
+            write_text(Path(arguments.profile), seen.table)
     for contender in contenders.values():
         contender.close()
     stop_ranks()

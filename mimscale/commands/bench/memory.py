@@ -22,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mimscale.commands.bench.step import TimmSimMIM
+from mimscale.files import write_text
 from mimscale.mim import SimMIM
 from mimscale.models import create_encoder
 from mimscale.torch_private import allocation, storage_key
@@ -206,7 +207,7 @@ def main(argv: list[str]) -> None:
         planned = rank_memory(recipe, config, ranks.world_size, split.micro)
         figures.append({"allocated": max(peaks), "planned": planned.total})
     if ranks.is_first:
-        Path(output).write_text(json.dumps(figures))
+        write_text(Path(output), json.dumps(figures))
     stop_ranks()
 
 

@@ -26,7 +26,7 @@ from mimscale.data.build.shard_writer import Options, ShardTask
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index, View
-from mimscale.files import write_bytes
+from mimscale.files import open_to_append, write_bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _settle(
     known = json.loads(made.read_bytes()) if made.exists() else {}
     fresh = known.get("array") != part.array
     with ExitStack() as unless_settled:
-        held = unless_settled.enter_context((work / "lock").open("ab"))
+        held = unless_settled.enter_context(os.fdopen(open_to_append(work / "lock"), "ab"))
         try:
             fcntl.flock(held, (fcntl.LOCK_EX if fresh else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -180,7 +180,7 @@ def _locked(work: Path, name: str, how: int) -> Iterator[None]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = path.open("ab")
+            lock = os.fdopen(open_to_append(path), "ab")
         except FileNotFoundError:
             continue
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from mimscale.data.shards.format import (
     file_sha256,
     table_dtype,
 )
-from mimscale.files import write_beside, write_bytes
+from mimscale.files import open_to_append, write_beside, write_bytes
 from mimscale.wording import counted, printable
 
 Progress = Callable[[str, int, int], None]
@@ -113,7 +114,7 @@ def _write_table(file: BinaryIO, pieces: list[Path], dtype: np.dtype, total: int
 def _sole_builder(out: Path, work: Path) -> Iterator[None]:
     """Two builds into one folder would take turns destroying each other's work."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("wb") as lock:
+    with os.fdopen(open_to_append(work / "lock"), "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -139,7 +140,7 @@ def leaving_nothing(out: Path, work: Path) -> Iterator[None]:
 def remove_strays(out: Path) -> None:
     """Remove what a build that was cut off was about to give its name; its successor has another process id."""
     for stray in out.glob("*.partial-*"):
-        stray.unlink()
+        stray.unlink(missing_ok=True)
 
 
 def build(

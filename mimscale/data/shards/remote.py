@@ -19,7 +19,7 @@ from typing import Any
 
 from mimscale.data.errors import ShardError
 from mimscale.data.shards.format import MAX_INDEX_BYTES, file_sha256
-from mimscale.files import write_beside
+from mimscale.files import open_to_append, write_beside
 from mimscale.wording import printable
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,6 @@ class ShardCache:
                 wait = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
                 log.warning("%s/%s: %s; trying again in %.1f s", self.url, path.name, reason, wait)
                 time.sleep(wait)
-            beside = None
             try:
                 with write_beside(path) as beside:
                     files, folder = self._connect()
@@ -147,13 +146,13 @@ class ShardCache:
             except FileNotFoundError:
                 raise ShardError(f"{self.url}/{path.name}: the server has no such file") from None
             except PermissionError as error:
-                if error.filename == str(beside):
-                    raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
+                if error.filename == str(path):
+                    raise ShardError(f"{printable(path)}: the cache cannot be written ({error.strerror})") from None
                 raise ShardError(f"{self.url}/{path.name}: the server refuses it ({error}); see to the keys") from None
             except Exception as error:  # every protocol raises its own kinds
                 reason = printable(f"{type(error).__name__}: {error}".rstrip(": "))
-                if isinstance(error, OSError) and error.filename == str(beside):
-                    raise ShardError(f"{beside}: the cache cannot be written ({error.strerror})") from None
+                if isinstance(error, OSError) and error.filename == str(path):
+                    raise ShardError(f"{printable(path)}: the cache cannot be written ({error.strerror})") from None
         raise ShardError(
             f"{self.url}/{path.name}: could not be fetched in {attempt + 1} attempts (last: {reason}); see whether the server "
             "is up and run it again"
@@ -221,9 +220,12 @@ def _check(path: Path, size: int | None, sha256: str | None) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock between processes (and threads: each opens the file for itself)."""
-    with path.open("ab") as file:
+    file = open_to_append(path)
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 class FetchAhead:

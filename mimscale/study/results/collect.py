@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from functools import lru_cache
 from typing import Any
@@ -40,7 +41,7 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         origin = jobs[origin.start.job]
     recipe = origin.recipe
     assert isinstance(recipe, Recipe)
-    found, record = folder.result(job), folder.record(job)
+    found, record = folder.result(job), folder.readable_record(job)
     about: dict[str, Any] = {**_about(folder.study, origin, recipe), "task": job.task}
     if job.launcher == "finetune":
         about["start"] = origin.id
@@ -51,7 +52,7 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         about["train_loss"] = _figures(found).get("train_loss")
     if job.launcher == "pretrain" and with_curve:
         about["curve"] = tuple(curve(job, jobs, folder))
-    there = folder.run(job).recipe.exists()
+    there = os.path.lexists(folder.run(job).recipe)
     return Result(
         cell=job.id,
         kind=job.launcher,

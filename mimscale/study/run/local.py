@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from mimscale.files import is_number, open_to_append, read_end
 from mimscale.resources import LAUNCHERS
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, descendants
@@ -27,12 +28,14 @@ from mimscale.training.faults.preemption import SAME_WISH_SECONDS
 from mimscale.training.launch.start import Start, launch_pretraining
 from mimscale.training.metrics import duration
 from mimscale.transfer.launch import launch_finetuning
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 POLL_SECONDS = 0.2
 JUDGE_SECONDS = 3.0
 LOG_SECONDS = 10.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Of a log's end, where the reason of a failure is looked for.
+LOG_BYTES = 2**20
 
 
 @dataclass
@@ -188,7 +191,7 @@ class LocalRun:
         command += ["--deepspeed_config", str(start.ds_config), "--recipe", start.recipe, "--output", start.output]
         command += start.overrides
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        with log.open("ab") as file:
+        with os.fdopen(open_to_append(log), "ab") as file:
             # A session of its own: the keyboard's SIGINT is ours to pass on, as a wish to save.
             return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
@@ -218,17 +221,21 @@ class LocalRun:
         if job.launcher == "finetune":
             value = found.get("value")
             return f"{found.get('metric')} {round(value, 4) if isinstance(value, float) else value}"
-        measured = f", validation loss {last['val_loss']:.4f}" if "val_loss" in last else ""
-        return f"training loss {found['train_loss']:.4f}{measured}"
+        losses = (("training loss", found.get("train_loss")), ("validation loss", last.get("val_loss")))
+        return ", ".join(f"{name} {loss:.4f}" for name, loss in losses if is_number(loss)) or "done"
 
     def _why(self, job: Job, status: int) -> str:
         """The last thing that the launcher said of an error."""
         try:
-            lines = self.folder.log(job).read_text(errors="replace").splitlines()
+            lines = read_end(self.folder.log(job), LOG_BYTES).decode(errors="replace").splitlines()
         except OSError:
             lines = []
         said = [line for line in lines if line.startswith("mimscale: error") or "Error" in line]
-        return said[-1].removeprefix("mimscale: error: ") if said else f"status {status}, see {self.folder.log(job)}"
+        return (
+            printable(said[-1].removeprefix("mimscale: error: "), 1000)
+            if said
+            else f"status {status}, see {self.folder.log(job)}"
+        )
 
     def _follow(self, rulings: Sequence[Ruling]) -> None:
         for ruling in rulings:
@@ -292,7 +299,7 @@ def train(launcher: str, start: Start, log: str, threads: int) -> None:
         threads: of torch.
     """
     os.setsid()
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sink = open_to_append(Path(log))
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     torch.set_num_threads(threads)

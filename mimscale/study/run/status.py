@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -9,9 +10,9 @@ from collections.abc import Mapping
 from mimscale.study.folder import StudyFolder
 from mimscale.study.jobs import Job
 from mimscale.study.plan import table
-from mimscale.study.spec import Study
+from mimscale.study.spec import Study, StudyError
 from mimscale.training.status import status
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 REFRESH_SECONDS = 5
 
@@ -20,16 +21,19 @@ def job_state(job: Job, jobs: Mapping[str, Job], folder: StudyFolder, queued: Ma
     """One word: done, stopped, failed, running, queued, ready, waiting, or what ended the run's last start."""
     if folder.done(job):
         return "done"
-    record = folder.record(job)
+    record = folder.readable_record(job)
     if record.state:
         return record.state
     if record.slurm in queued:
         return queued[record.slurm]
-    if folder.run(job).recipe.exists():
+    if os.path.lexists(folder.run(job).recipe):
         said = status(folder.run(job).path).state
         if said != "not started":
             return said
-    return "ready" if folder.may_start(job, dict(jobs)) else "waiting"
+    try:
+        return "ready" if folder.may_start(job, dict(jobs)) else "waiting"
+    except StudyError:  # what it starts from is damaged, and its own line says so
+        return "waiting"
 
 
 def status_text(study: Study, jobs: dict[str, Job]) -> str:
@@ -43,12 +47,13 @@ def status_text(study: Study, jobs: dict[str, Job]) -> str:
         if problems := folder.problems(job, jobs, shards=False):
             state, note = "unusable", problems[0]
         else:
-            state, record = job_state(job, jobs, folder, queued), folder.record(job)
-            note = record.note or record.verdict
-            if folder.run(job).recipe.exists():
+            state, record = job_state(job, jobs, folder, queued), folder.readable_record(job)
+            notes = [record.note or record.verdict]
+            if os.path.lexists(folder.run(job).recipe):
                 seen = status(folder.run(job).path)
                 step, figures = f"{seen.step:,}/{job.recipe.train.iterations:,}", seen.figures
-                note = note or seen.health
+                notes += seen.damage or ([] if notes[0] else [seen.health])
+            note = "; ".join(printable(text, 1000) for text in notes if text)
         states[state] += 1
         rows.append((job.id, state, step, figures, note))
     sums = ", ".join(f"{count} {state}" for state, count in states.most_common())

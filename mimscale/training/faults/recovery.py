@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 
 from mimscale.schema import differences
@@ -9,7 +11,7 @@ from mimscale.training import checkpoint as checkpoints
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import CheckpointError
 from mimscale.training.recipe import RecipeError, RunRecipe, stored_recipe
-from mimscale.training.run_folder import RunFolder
+from mimscale.training.run_folder import DamagedRecipe, RunFolder
 from mimscale.training.schedule import learning_rate
 
 
@@ -62,15 +64,24 @@ def same_past(old: RunRecipe, new: RunRecipe, step: int) -> bool:
     )
 
 
-def check_resumable(folder: RunFolder, recipe: RunRecipe, step: int) -> None:
+def check_resumable(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) -> None:
     """Raise unless ``recipe`` continues the run that is in the folder.
+
+    A checkpoint says more surely than ``recipe.yaml`` what was trained; without one, a damaged ``recipe.yaml`` is no run.
+    Whoever has removed ``recipe.yaml`` wants no such check.
 
     Raises:
         RecipeError: it differs in something that changes losses; each key is listed with both values.
     """
-    saved = folder.saved_recipe(type(recipe))
+    saved: RunRecipe | None = None
+    if start.source is not None and start.resumed and os.path.lexists(folder.recipe):
+        saved = stored_recipe(start.source.manifest["recipe"], str(start.source.path), type(recipe))
+    else:
+        with contextlib.suppress(DamagedRecipe):
+            saved = folder.saved_recipe(type(recipe))
     if saved is None:
         return
+    step = start.step
     differing = differences(saved, recipe, recipe.free_keys)
     longer = not differences(saved, recipe, recipe.free_keys | {"train.iterations"})
     if differing and not (longer and same_past(saved, recipe, step)):

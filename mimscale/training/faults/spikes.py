@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimscale.files import write_text
+from mimscale.files import UnfitFile, read_json, write_text
 from mimscale.training.errors import CheckpointError
+from mimscale.wording import printable
 
 if TYPE_CHECKING:
     from mimscale.training.recipe import Train
@@ -22,6 +24,7 @@ LEAST = 20
 MOST_IN_A_ROW = 10
 # Of all batches; a run that leaves more out is not to be saved by leaving out.
 MOST_LEFT_OUT = 0.1
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,34 @@ class LeftOut:
     def __init__(self, path: Path, writes: bool):
         self.path, self.writes = path, writes
         self.reasons: dict[int, str] = {}
-        if path.exists():
-            try:
-                self.reasons = {int(step): str(reason) for step, reason in json.loads(path.read_text()).items()}
-            except (OSError, ValueError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{path} cannot be read ({error}); it says which batches the run leaves out: restore it, or remove it "
-                    f"to train on them"
-                ) from None
+        try:
+            self.reasons = _read_reasons(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CheckpointError(
+                f"{printable(path)} cannot be read ({printable(error.strerror)}); it says which batches the run leaves out: "
+                f"restore it, or remove it to train on them"
+            ) from None
 
     def add(self, steps: range, reason: str) -> None:
         """Leave ``steps`` out from now on."""
         self.reasons |= {step: reason for step in steps}
         if self.writes:
             write_text(self.path, json.dumps({str(step): reason for step, reason in sorted(self.reasons.items())}))
+
+
+def _read_reasons(path: Path) -> dict[int, str]:
+    """Reasons by step.
+
+    Raises:
+        UnfitFile: the file holds something else.
+        OSError: it cannot be read.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict) or not all(_STEP.fullmatch(step) for step in values):
+        raise UnfitFile(path, "does not hold reasons by step")
+    return {int(step): printable(reason, 1000) for step, reason in values.items()}
 
 
 class SpikePolicy:

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
-from mimscale.files import read_json, write_text
+from mimscale.files import UnfitFile, is_number, is_whole, read_json, set_aside, write_text
 from mimscale.training.launch.rendezvous import own_address
 from mimscale.wording import printable
 
@@ -32,13 +32,12 @@ if TYPE_CHECKING:
     from mimscale.training.ranks import Ranks
 
 BEAT_SECONDS = 5.0
+LARGEST_HEARTBEAT = 2**20
 MISSED_BEATS = 3  # make a rank one without a sign of life
 # Until the first step is done, compiling and tracing may take this long.
 START_MINUTES = 30.0
 # A host that answers at all does so in far less.
 ANSWER_SECONDS = 3.0
-# A heartbeat's file holds a few hundred bytes.
-LARGEST_BEAT = 64 * 1024
 # In the messages of gloo and NCCL.
 BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out")
 
@@ -63,41 +62,14 @@ class Heartbeat:
     keys: list[str]
     address: tuple[str, int]
 
-    @classmethod
-    def parse(cls, values: Any) -> Heartbeat:
-        """The heartbeat that a file holds.
-
-        Raises:
-            ValueError: it holds something else.
-        """
-        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
-            raise ValueError("it is no heartbeat")
-        number = lambda value: type(value) in (int, float) and math.isfinite(value)  # noqa: E731
-        whole = lambda value, most: type(value) is int and 0 <= value <= most  # noqa: E731
-        address = values["address"]
-        sound = (
-            whole(values["rank"], 2**31 - 1)
-            and whole(values["pid"], 2**31 - 1)
-            and whole(values["step"], 2**53)
-            and all(number(values[name]) for name in ("since", "beat", "every"))
-            and isinstance(values["host"], str)
-            and values["phase"] in PHASES
-            and isinstance(values["keys"], list)
-            and all(isinstance(key, str) for key in values["keys"])
-            and isinstance(address, list | tuple)
-            and len(address) == 2
-            and isinstance(address[0], str)
-            and whole(address[1], 65535)
-        )
-        if not sound:
-            raise ValueError("it is no heartbeat")
-        return cls(**{**values, "address": tuple(address)})
-
     @property
     def place(self) -> str:
         """Rank, host, step, phase and samples, in words."""
-        keys = ", ".join(printable(key, 100) for key in self.keys[:4])
-        samples = f", samples {keys}" if keys and self.phase == "step" else ""
+        samples = (
+            f", samples {', '.join(printable(key, 200) for key in self.keys[:4])}"
+            if self.keys and self.phase == "step"
+            else ""
+        )
         return f"rank {self.rank} on {printable(self.host, 100)} (pid {self.pid}, {PHASES[self.phase]} {self.step}{samples})"
 
     def is_silent(self, now: float) -> bool:
@@ -120,15 +92,44 @@ PHASES = {
 }
 
 
-def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """The newest heartbeat of every rank, in the order of the ranks; unreadable ones are left out."""
+def read_heartbeats(folder: Path, damaged: list[str] | None = None) -> list[Heartbeat]:
+    """The newest heartbeat of every rank, in the order of the ranks; unreadable ones are left out.
+
+    Args:
+        folder: of the heartbeats.
+        damaged: takes what is wrong with those that are left out.
+    """
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            found.append(Heartbeat.parse(read_json(path, LARGEST_BEAT)))
-        except (OSError, ValueError, OverflowError):
+            found.append(_heartbeat(path))
+        except FileNotFoundError:  # renewed meanwhile, or taken away
             continue
+        except OSError as error:
+            if damaged is not None:
+                damaged.append(str(error))
     return found
+
+
+def _heartbeat(path: Path) -> Heartbeat:
+    """Read one heartbeat.
+
+    Raises:
+        UnfitFile: it is none.
+        OSError: it cannot be read.
+    """
+    values = read_json(path, LARGEST_HEARTBEAT)
+    if not isinstance(values, dict) or values.keys() != {each.name for each in fields(Heartbeat)}:
+        raise UnfitFile(path, "is no heartbeat of a rank")
+    beat = Heartbeat(**values)
+    whole = is_whole(beat.rank) and is_whole(beat.step) and is_whole(beat.pid) and 0 < beat.pid < 2**31
+    times = all(is_number(time) and math.isfinite(time) for time in (beat.since, beat.beat, beat.every))
+    texts = [beat.host, beat.phase, *beat.keys] if isinstance(beat.keys, list) else [None]
+    host, port = beat.address if isinstance(beat.address, list) and len(beat.address) == 2 else (None, None)
+    fits = whole and times and all(isinstance(text, str) for text in (*texts, host)) and beat.phase in PHASES
+    if not fits or type(port) is not int or not 0 <= port < 2**16:
+        raise UnfitFile(path, "is no heartbeat of a rank: a value is of another type")
+    return beat
 
 
 def laggards(beats: list[Heartbeat], now: float) -> list[tuple[Heartbeat, str]]:
@@ -299,6 +300,49 @@ def lost_rank(folder: Path, error: RuntimeError) -> str | None:
     return (
         f"{lost}; the log of that rank or its host says why. The same command resumes from the last checkpoint ({text})"
     )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of a run ended: in which ``state``, with which ``message``, and when (seconds since 1970)."""
+
+    state: str
+    message: str
+    time: float
+
+
+def read_end(folder: Path) -> Ending | None:
+    """How the last start ended; ``None`` where it has not.
+
+    Raises:
+        UnfitFile: the file is damaged.
+        OSError: it cannot be read.
+    """
+    path = folder / "end.json"
+    try:
+        said = read_json(path, LARGEST_HEARTBEAT)
+    except FileNotFoundError:
+        return None
+    said = said if isinstance(said, dict) else {}
+    state, message, when = said.get("state"), said.get("message"), said.get("time", "")
+    if not isinstance(state, str) or not isinstance(message, str) or not is_number(when):
+        raise UnfitFile(path, "does not say how a run ended")
+    return Ending(state, message, float(when))
+
+
+def forget_end(folder: Path) -> str:
+    """Remove how the last start ended, since another has begun; what is damaged is kept by another name.
+
+    Returns:
+        What is damaged and where it is kept; empty where nothing is.
+    """
+    path = folder / "end.json"
+    try:
+        read_end(folder)
+    except OSError as error:
+        return f"{error}; kept as {printable(set_aside(path))}"
+    path.unlink(missing_ok=True)
+    return ""
 
 
 def note_end(folder: Path, state: str, message: str) -> None:

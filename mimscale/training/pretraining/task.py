@@ -184,4 +184,4 @@ class Pretraining(Task):
     @override
     def draw_curves(self, records: list[dict[str, Any]], path: Path) -> None:
         validations = [record for record in records if "val_loss" in record]
-        loss_curves(records, path, validations[-1]["val_baseline"] if validations else None)
+        loss_curves(records, path, validations[-1].get("val_baseline") if validations else None)
