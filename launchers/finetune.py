@@ -4,7 +4,17 @@
 ``srun`` (one task a GPU) and plain ``python`` (one process). A second start on the same RUN resumes it.
 """
 
-from mimscale.commands.finetune import launcher
+import sys
+
+from mimscale.entry import enter
+
+
+def program() -> None:
+    """The command, which is imported when an interrupt of its imports would end well."""
+    from mimscale.commands.finetune import launcher
+
+    launcher()
+
 
 if __name__ == "__main__":
-    launcher()
+    sys.exit(enter(program))

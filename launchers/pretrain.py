@@ -4,7 +4,17 @@ The same script runs under ``deepspeed``, ``torchrun``, ``srun`` (one task a GPU
 start on the same RUN resumes it.
 """
 
-from mimscale.commands.pretrain import launcher
+import sys
+
+from mimscale.entry import enter
+
+
+def program() -> None:
+    """The command, which is imported when an interrupt of its imports would end well."""
+    from mimscale.commands.pretrain import launcher
+
+    launcher()
+
 
 if __name__ == "__main__":
-    launcher()
+    sys.exit(enter(program))

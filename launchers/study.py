@@ -6,7 +6,15 @@ and ``report`` what came out.
 
 import sys
 
-from mimscale.commands.study import main
+from mimscale.entry import enter
+
+
+def program() -> int:
+    """The command, which is imported when an interrupt of its imports would end well."""
+    from mimscale.commands.study import main
+
+    return main(program="study.py")
+
 
 if __name__ == "__main__":
-    sys.exit(main(program="study.py"))
+    sys.exit(enter(program))

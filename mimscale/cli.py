@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
+from mimscale.entry import enter
+
 # word -> what it does; a module of mimscale.commands with ``parser()`` and ``main(argv)``, which returns the exit status
 COMMANDS = {
     "shards": "build, index, verify and list shard folders",
@@ -31,15 +33,26 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the first word names; returns its exit status."""
-    if argv is None and "_ARGCOMPLETE" in os.environ:
+    """Run the command that the first word names; returns its exit status.
+
+    Without ``argv`` it is the program (see :func:`mimscale.entry.enter`), and takes the words that it was started with.
+    """
+    return enter(_program) if argv is None else _run(argv)
+
+
+def _program() -> int:
+    if "_ARGCOMPLETE" in os.environ:
         from mimscale.completion import complete
 
         complete(COMMANDS, command)
+    return _run(sys.argv[1:])
+
+
+def _run(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be characters that a terminal has
-    word, *words = sys.argv[1:] if argv is None else argv or [""]
+    word, *words = argv or [""]
     if word in COMMANDS:
         return command(word).main(words)
     if word == "--version":

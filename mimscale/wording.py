@@ -28,7 +28,18 @@ def printable(text: object, most: int = 300) -> str:
     if len(whole) > most:
         kept = (most - 5) // 2
         whole = f"{whole[:kept]} ... {whole[-kept:]}"
-    return "".join(c if unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in whole)
+    return _escaped(whole)
+
+
+def escaped(message: str) -> str:
+    """A message that foreign text may have come into: escaped as by :func:`printable`, but for its line ends, and whole."""
+    return "\n".join(map(_escaped, message.split("\n")))
+
+
+def _escaped(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in text)
 
 
 # Controls, formats (among them marks of direction), surrogates, private and unassigned characters, line separators.

@@ -5,7 +5,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from mimscale.commands.shards import main
+from mimscale.entry import enter
+
+
+def program() -> int:
+    """The command, which is imported when an interrupt of its imports would end well."""
+    from mimscale.commands.shards import main
+
+    return main(program="build.py")
+
 
 if __name__ == "__main__":
-    sys.exit(main(program="build.py"))
+    sys.exit(enter(program))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import time
@@ -271,6 +272,62 @@ def fill_disk(start: Start) -> Outcome | None:
     return Outcome(f"disk full but for {room} bytes", said="No space left", status=1, redo=redo)
 
 
+def fill_log_disk(start: Start) -> Outcome | None:
+    """The first rank may write no more to its log, as on a full disk: an error names the log, and no line of it is half there."""
+    if not start.some_steps():
+        return None
+    log, pid = start.run / "metrics.jsonl", start.processes[0].pid
+    assert pid is not None
+    room = start.rng.randrange(60)
+    bound = log.stat().st_size + room
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (bound, bound))
+    start.ended_by_itself(*range(start.ranks), within=90)
+    if (start.run / "result.json").exists():
+        return None
+    if not log.read_bytes().endswith(b"\n"):
+        raise Violation(f"half a line is logged\n{start.output()[-3000:]}")
+    return Outcome(f"{room} bytes of room for the log", said="File too large", status=1, redo=2 * start.interval)
+
+
+def plant_links(start: Start) -> Outcome | None:
+    """Links out of the run folder in the place of its files after a kill: a start resumes, and what is outside stays."""
+    if not start.some_steps():
+        return None
+    start.signal(signal.SIGKILL)
+    start.end()
+    outside = start.run.with_name("outside")
+    outside.mkdir(exist_ok=True)
+    names = [
+        "ds_config.json",
+        "curves.png",
+        "heartbeat/end.json",
+        *(f"heartbeat/rank_{rank:05d}.json" for rank in (0, 1)),
+    ]
+    names += [f".{name}.partial-1" for name in ("metrics.jsonl", "recipe.yaml", "result.json")]
+    names += [f"reconstructions/step_{step:08d}.png" for step in (12, 24)]
+    for name in names:
+        link, target = start.run / name, outside / Path(name).name
+        target.write_text("precious")
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    again = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
+    again.log_name = "planted"
+    again.begin()
+    try:
+        again.wait(lambda: "ZeRO stage" in again.output())
+        again.some_steps()
+        ended_well = all(process.exitcode in (None, 0) for process in again.processes)
+    finally:
+        again.end()
+    changed = [path.name for path in outside.iterdir() if path.name not in {Path(name).name for name in names}]
+    changed += [path.name for path in outside.iterdir() if path.read_text() != "precious"]
+    if changed or not ended_well:
+        raise Violation(f"written to outside: {changed}\n{again.output()[-3000:]}")
+    return Outcome(f"{len(names)} links planted")
+
+
 def truncate(start: Start) -> Outcome | None:
     """The newest checkpoint loses the end of one of its files after a kill: it is named, and the one before it used."""
 
@@ -395,6 +452,8 @@ KINDS: dict[str, Callable[[Start], Outcome | None]] = {
     "freeze one": freeze,
     "preempt": preempt,
     "full disk": fill_disk,
+    "log disk full": fill_log_disk,
+    "links planted": plant_links,
     "truncate": truncate,
     "flip a bit": flip_bit,
     "damage the newest two": damage_newest_two,

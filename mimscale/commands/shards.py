@@ -26,6 +26,7 @@ from mimscale.data.shards import fractions, store
 from mimscale.data.shards.format import REJECTED_NAME, View
 from mimscale.data.shards.index import ShardIndex, draw_view_classes
 from mimscale.data.shards.verify import verify
+from mimscale.entry import INTERRUPTED_EXIT
 from mimscale.registry import RegistryError, load_plugins
 from mimscale.wording import counted, printable
 
@@ -272,4 +273,5 @@ def main(arguments: list[str] | None = None, program: str = "mimscale shards") -
         print(f"mimscale: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command resumes from here", file=sys.stderr)
+        return INTERRUPTED_EXIT
     return 1

@@ -26,10 +26,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _die_with_parent() -> None:
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that has started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _begin() -> None:
     """Workers left behind by a killed build would keep writing beside the build that follows it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal, for the build, which ends them
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -53,7 +59,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     waiting: deque[tuple[Any, Future]] = deque()
     source = iter(tasks)
     deaths = 0
-    pool = ProcessPoolExecutor(workers, context, _die_with_parent)
+    pool = ProcessPoolExecutor(workers, context, _begin)
     try:
         while True:
             try:
@@ -74,7 +80,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
                         "run it again with fewer --workers"
                     ) from None
                 pool.shutdown(wait=False)
-                pool = ProcessPoolExecutor(workers, context, _die_with_parent)
+                pool = ProcessPoolExecutor(workers, context, _begin)
                 waiting = deque((task, _again(pool, function, task, future)) for task, future in waiting)
                 continue
             deaths = 0

@@ -244,12 +244,10 @@ class StudyFolder:
         hint = f"remove {folder.path} to run {job.id} anew, or choose another output"
         problems = []
         if os.path.lexists(folder.recipe):
-            try:
-                saved = folder.saved_recipe(type(job.recipe))
-            except RecipeError as error:
-                if record.digest == job.digest:  # the job's own, and a resume writes it anew
-                    return []
-                return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
+            if damage := self.recipe_damage(job):
+                # The record knows whose run it is; a resume writes the recipe anew.
+                return [] if record.digest == job.digest else [f"{damage}; {hint}"]
+            saved = folder.saved_recipe(type(job.recipe))
             if saved is not None and recipe_digest(saved) != job.digest:
                 differing = differences(saved, job.recipe, saved.free_keys | {"finetune.from"})
                 problems.append(
@@ -260,6 +258,16 @@ class StudyFolder:
         if job.start and record.start_digest and record.start_digest != jobs[job.start.job].digest:
             problems.append(f"{folder.path} started from another {job.start.job} than the study's; {hint}")
         return problems
+
+    def recipe_damage(self, job: Job) -> str:
+        """What is wrong with the ``recipe.yaml`` of a job's run; empty where it is a recipe, or is not there."""
+        run = self.run(job)
+        try:
+            run.saved_recipe(type(job.recipe))
+        except RecipeError as error:
+            why = printable(" ".join(str(error).split()), 600)
+            return f"{printable(run.recipe)} is no recipe of {job.id} ({why})"
+        return ""
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -218,6 +218,7 @@ class _Run:
             if isinstance(done, RollBack):
                 return done
             self.step += 1
+            stop.has_stepped()
             images += train.global_batch
             last = self.step == train.iterations
             if self.step % train.log_every == 0 or last:
@@ -266,7 +267,7 @@ class _Run:
         self.saver.finish()
         reason = next(filter(None, gather(reason)), "another rank's wish")
         raise Preempted(
-            f"stopped by {reason} after step {self.step}, which is saved; the same command resumes from there"
+            f"stopped by {reason} after step {self.step}, which is saved; the same command resumes from there", reason
         )
 
     def roll_back(self, back: RollBack) -> None:

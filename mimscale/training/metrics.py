@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -279,16 +280,27 @@ class RunLog:
             if self.board is not None:
                 from torchvision.transforms.functional import pil_to_tensor
 
-                self.board.add_image(name, pil_to_tensor(picture), step)
+                with self._naming_board():
+                    self.board.add_image(name, pil_to_tensor(picture), step)
 
     def _scalars(self, values: dict[str, float], step: int, samples: int) -> None:
         if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(f"{'validation' if key.startswith('val_') else 'train'}/{key}", value, step)
+            with self._naming_board():
+                for key, value in values.items():
+                    self.board.add_scalar(f"{'validation' if key.startswith('val_') else 'train'}/{key}", value, step)
         self.write_events([(f"mimscale/{key}", value, samples) for key, value in values.items()])
+
+    @contextmanager
+    def _naming_board(self) -> Iterator[None]:
+        """TensorBoard's writer says of a full disk only that it is full."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(self.folder.tensorboard)) from error
 
     def close(self) -> None:
         """End the line and the files."""
         if self.board is not None:
-            self.board.close()
+            with self._naming_board():
+                self.board.close()
         self.progress.close()

@@ -36,6 +36,18 @@ from mimscale.transfer.recipe import FinetuneRecipe, find_task
 from mimscale.transfer.weights import encoder_weights, task_encoder
 
 
+def classes_in(data: dict[str, Any]) -> list[str]:
+    """The classes that a checkpoint was trained on, from what it says of its data.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    classes = data.get("classes")
+    if not classes:
+        raise CheckpointError("the checkpoint does not say which classes it was trained on; choose another with --step")
+    return list(classes)
+
+
 class TransferTask(Task):
     """One fine-tuning task, for one recipe."""
 

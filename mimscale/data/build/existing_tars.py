@@ -35,6 +35,9 @@ _IMAGES = (b"jpg", b"jpeg", b"png", b"ppm", b"webp", b"bmp", b"tif", b"tiff")
 _HELD_OUT = re.compile(r"(^|[-_.])val(idation)?([-_.]|$)")
 
 
+# What may follow the last member: zeros up to a whole record. A sparse file can be so long that its digest takes hours.
+_MOST_AFTER = 64 * 2**20
+
 # Labels may leave numbers out, up to this one; beyond it the numbers have to be used.
 _DENSE_LABELS = 1 << 16
 
@@ -58,11 +61,13 @@ def _split(name: bytes) -> tuple[bytes, bytes]:
 def _scan(path: Path) -> _Scanned:
     """Every sample of one tar: its image and its label."""
     samples: dict[bytes, list[int]] = {}
-    broken = None
+    broken, end = None, 0
     with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         descriptor = file.fileno()
         try:
-            for member in walk(file, 0, os.fstat(descriptor).st_size, str(path)):
+            whole = os.fstat(descriptor).st_size
+            for member in walk(file, 0, whole, str(path)):
+                end = member.offset + member.size
                 key, extension = _split(member.name)
                 if not member.is_file or extension not in (*_IMAGES, b"cls"):
                     continue
@@ -74,8 +79,12 @@ def _scan(path: Path) -> _Scanned:
                 elif row[1] < 0 and member.size <= MAX_BYTES:
                     data = os.pread(descriptor, member.size, member.offset)
                     row[1:] = [member.offset, member.size, zlib_ng.crc32(data)]
+            if whole - end > _MOST_AFTER:
+                broken = f"{printable(path)}: {counted(whole - end, 'byte')} after its last member, at byte {end:,}"
         except TarError as error:
             broken = str(error)
+    if broken:
+        return _Scanned(np.empty((0, 4), np.int64), [], "", 0, broken)
     kept = {key: row for key, row in samples.items() if row[1] >= 0}
     if long := next((key for key in kept if len(key) > MAX_KEY_BYTES), None):
         broken = f"{path}: a key of {len(long):,} bytes; {MAX_KEY_BYTES:,} are the most that an index holds"

@@ -60,7 +60,7 @@ def _damaged_shards(index: ShardIndex) -> list[str]:
         path = index.root / shard.file
         if not path.is_file():
             problems.append(f"{path}: missing; all of its {shard.samples} samples are lost")
-        elif file_sha256(path) != shard.sha256:
+        elif path.stat().st_size != shard.bytes or file_sha256(path) != shard.sha256:
             problems.append(f"{path}: its SHA-256 is not the one in the index")
     return problems
 
@@ -71,7 +71,8 @@ def _check_shard(task: _Check) -> list[str]:
     path = task.root / shard.file
     try:
         size = path.stat().st_size
-        digest = file_sha256(path)
+        # A sparse file can be so long that its digest takes hours.
+        digest = file_sha256(path) if size == shard.bytes or not path.is_file() else None
     except OSError as error:
         return [f"{path}: {error.strerror}; all of its {shard.samples} samples are lost"]
     if size == shard.bytes and digest == shard.sha256:

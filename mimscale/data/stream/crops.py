@@ -19,6 +19,7 @@ from mimscale.data.stream import augment
 from mimscale.data.stream.nvimgcodec import CropDecoder
 from mimscale.data.stream.order import SampleOrder
 from mimscale.data.stream.workers import batches, watched
+from mimscale.wording import printable
 
 LIBJPEG_TURBO, NVIMGCODEC = "libjpeg-turbo", "nvimgcodec"
 
@@ -280,7 +281,7 @@ class CropStream(ABC):
 
 def too_many(damaged: dict[str, str], limit: int) -> ShardError:
     """The error for a data set that is more damaged than it may be."""
-    some = "; ".join(f"{key}: {reason}" for key, reason in list(damaged.items())[:5])
+    some = "; ".join(f"{printable(key)}: {printable(reason)}" for key, reason in list(damaged.items())[:5])
     return ShardError(
         f"{len(damaged)} damaged samples, over the limit of {limit} (mimscale shards verify names all). "
         f"Some of them: {some}"

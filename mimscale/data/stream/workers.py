@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader, Sampler
 
 from mimscale.data.errors import ShardError
+from mimscale.data.pool import die_with_parent
 from mimscale.data.stream.hand_over import Piped, hand_over, notice, take_over
 from mimscale.torch_private import end_workers, keep_signals_from, worker_processes
 
@@ -67,7 +69,7 @@ def batches(steps: Steps, start: int, stop: int | None, workers: int) -> Generat
         sampler=_StepNumbers(start, stop),
         num_workers=workers,
         prefetch_factor=_AHEAD,
-        worker_init_fn=partial(_begin, cores_for(workers)),
+        worker_init_fn=partial(_begin, cores_for(workers), _outlives_its_threads()),
     )
     iterator: Any = iter(loader)
     # A killed process is then noticed when its next batch is due, at the latest 5 seconds later.
@@ -137,11 +139,18 @@ def cores_for(workers: int) -> list[int]:
     return cores[rank * share + 1 : rank * share + 1 + workers]
 
 
-def _begin(cores: list[int], worker: int) -> None:
+def _outlives_its_threads() -> bool:
+    # The kernel takes the end of the thread that has started a process for the end of its parent.
+    return threading.current_thread() is threading.main_thread()
+
+
+def _begin(cores: list[int], with_parent: bool, worker: int) -> None:
     # A job that is told to stop wants its last batches, so that the ranks stop after the same step; workers end with their
     # rank.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if with_parent:
+        die_with_parent()
     if cores:
         os.sched_setaffinity(0, {cores[worker]})
 

@@ -24,6 +24,7 @@ from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, descendants
 from mimscale.study.run.early_stopping import Judge, Ruling
 from mimscale.study.spec import Study
+from mimscale.training.faults.preemption import SAME_WISH_SECONDS
 from mimscale.training.launch.start import Start, launch_pretraining
 from mimscale.training.metrics import duration
 from mimscale.transfer.launch import launch_finetuning
@@ -32,6 +33,7 @@ from mimscale.wording import counted, printable
 POLL_SECONDS = 0.2
 JUDGE_SECONDS = 3.0
 LOG_SECONDS = 10.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Of a log's end, where the reason of a failure is looked for.
 LOG_BYTES = 2**20
 
@@ -52,9 +54,9 @@ class Active:
             return None if _alive(self.process) else 0
         return self.process.exitcode
 
-    def stop(self) -> None:
-        """Ask it to save and end."""
-        if not self.stopping:
+    def stop(self, again: bool = False) -> None:
+        """Ask it to save and end; ``again``: at once, saved or not."""
+        if not self.stopping or again:
             self.stopping = True
             self.process.terminate()
 
@@ -72,6 +74,8 @@ class LocalRun:
         self.active: dict[str, Active] = {}
         self.judge = Judge(self.folder, jobs)
         self.signal: str | None = None
+        self.signals, self.heard = 0, 0.0  # wishes to stop, and when the last one came
+        self.asked, self.hurried = 0.0, False
         self.begun = time.monotonic()
         self.done_before = 0.0
         self.judged = self.said = self.begun
@@ -87,7 +91,10 @@ class LocalRun:
         """
         self.folder.check(self.jobs)
         with self.folder.alone():
-            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [
+                number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
+            ]  # nohup ignores some
+            before = {number: signal.signal(number, self._note) for number in heeded}
             try:
                 self._prepare()
                 while self._turn():
@@ -123,6 +130,11 @@ class LocalRun:
                 self._say(f"stopping at {self.signal}: waiting for {counted(len(self.active), 'run')} to save and end")
                 for active in self.active.values():
                     active.stop()
+                self.asked = time.monotonic()
+            if self.signals > 1 and not self.hurried and time.monotonic() - self.asked > SAME_WISH_SECONDS:
+                self.hurried = True
+                for active in self.active.values():
+                    active.stop(again=True)
             return bool(self.active)
         now = time.monotonic()
         if now - self.judged > JUDGE_SECONDS:
@@ -270,6 +282,10 @@ class LocalRun:
         print(text, flush=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None or now - self.heard > SAME_WISH_SECONDS:
+            self.signals += 1
+            self.heard = now
         self.signal = signal.Signals(number).name
 
 

@@ -46,8 +46,9 @@ BROKEN_LINK = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL",
 class Heartbeat:
     """Where one rank is.
 
-    ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970; it writes ``every`` so many seconds.
-    ``keys`` are the first samples of its batch. At ``address`` (IP, port) the rank's host answers as long as the rank is there.
+    ``since`` (of its last progress) and ``beat`` (of this file) are seconds since 1970, for people: nothing ends a run by them,
+    since clocks are set. It writes ``every`` so many seconds. ``keys`` are the first samples of its batch. At ``address`` (IP,
+    port) the rank's host answers as long as the rank is there.
     """
 
     rank: int
@@ -179,11 +180,13 @@ class Watchdog:
         self.folder, self.hang = folder, hang_minutes * 60
         self.end = end or self._end
         now, every = time.time(), min(BEAT_SECONDS, self.hang / 6)
+        self._since = time.monotonic()  # of the last progress, less what this process was stopped
         # Never accepted from: the kernel answers, however stuck this process is.
         self.door = socket.create_server((_address(), 0), backlog=1024)
         where = self.door.getsockname()[:2]
         self.beat = Heartbeat(ranks.rank, socket.gethostname(), os.getpid(), step, "start", now, now, every, [], where)
         self.started_at = step
+        self._silent: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -200,35 +203,65 @@ class Watchdog:
 
     def note(self, phase: str, step: int, keys: list[str] | None = None) -> None:
         """Progress: this rank now does ``phase`` (see PHASES) at ``step``."""
-        self.beat.phase, self.beat.step, self.beat.since = phase, step, time.time()
+        self.beat.phase, self.beat.step, self._since = phase, step, time.monotonic()
         if keys is not None:
             self.beat.keys = keys[:8]
 
     def touch(self) -> None:
         """Progress within a phase."""
-        self.beat.since = time.time()
+        self._since = time.monotonic()
 
     def _write(self) -> None:
         self.beat.beat = time.time()
+        self.beat.since = self.beat.beat - (time.monotonic() - self._since)  # by the clock as it is now
         with contextlib.suppress(OSError):  # a full disk must not end what saves report
             write_text(self.folder / f"rank_{self.beat.rank:05d}.json", json.dumps(asdict(self.beat)))
 
     def _bound(self) -> float:
         return self.hang if self.beat.step > self.started_at else max(self.hang, START_MINUTES * 60)
 
+    def _pause(self) -> bool:
+        """Wait until the next heartbeat is due and write it; whether the watch has ended meanwhile.
+
+        What it takes longer than that, the whole process was stopped (SIGSTOP, a machine that sleeps), and the others, as a
+        rule, with it: no time in which anything could have gone on.
+        """
+        slept = time.monotonic()
+        if self._stop.wait(self.beat.every):
+            return True
+        overslept = time.monotonic() - slept - self.beat.every
+        if overslept > self.beat.every:
+            self._since += overslept
+        self._write()
+        return False
+
     def _watch(self) -> None:
-        while not self._stop.wait(self.beat.every):
-            self._write()
-            still = time.time() - self.beat.since
-            if still > self._bound():
-                self.end(self.verdict(still))
+        while not self._pause():
+            if time.monotonic() - self._since > self._bound():
+                beats = self._observed()
+                still = time.monotonic() - self._since
+                if self._stop.is_set() or still <= self._bound():
+                    continue  # it has gone on after all
+                self.end(self.verdict(still, beats))
                 return
 
-    def verdict(self, still: float) -> str:
+    def _observed(self) -> list[Heartbeat]:
+        """The heartbeats, after a while of watching: who has renewed its own is alive, whatever its host's clock says."""
+        before = {beat.rank: beat.beat for beat in read_heartbeats(self.folder)}
+        for _ in range(MISSED_BEATS):
+            self._pause()
+        now = time.time()
+        found = read_heartbeats(self.folder)
+        for beat in found:
+            renewed = beat.rank == self.beat.rank or beat.beat != before.get(beat.rank)
+            beat.beat = now if renewed else -math.inf
+        return found
+
+    def verdict(self, still: float, beats: list[Heartbeat]) -> str:
         """One message on a run that has made no progress for ``still`` seconds."""
-        beats = read_heartbeats(self.folder)
+        self._silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
         found = laggards(beats, time.time())
-        if not any(beat.is_silent(time.time()) for beat in beats):
+        if not self._silent:
             found = unreachable(beats, self.beat.host) or found
         named = "; ".join(f"{beat.place} {what}" for beat, what in found[:4])
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
@@ -240,8 +273,7 @@ class Watchdog:
     def _end(self, message: str) -> None:
         # The lowest rank that is well reports it; the others give it time to.
         beats = read_heartbeats(self.folder)
-        silent = {beat.rank for beat in beats if beat.is_silent(time.time())}
-        reporter = min((beat.rank for beat in beats if beat.rank not in silent), default=self.beat.rank)
+        reporter = min((beat.rank for beat in beats if beat.rank not in self._silent), default=self.beat.rank)
         if self.beat.rank == reporter:
             note_end(self.folder, "failed", message)
             print(f"mimscale: error: {message}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mimscale.resources import LAUNCHERS
-from mimscale.training.faults.preemption import REQUEUE_EXIT, Preempted, deafen, listen
+from mimscale.training.faults.preemption import REQUEUE_EXIT, Preempted, deafen, exit_status, heard, listen
 from mimscale.training.launch.local_ranks import run_ranks, under_launcher
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def fail(error: BaseException, everywhere: bool, status: int = 1) -> NoReturn:
         everywhere: whether all ranks fail alike; then only the first one reports it.
         status: what the process exits with.
     """
+    deafen()  # the launcher ends the others when one goes; they still have to say why
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if not everywhere or rank == 0:
         where = "" if everywhere else f" (rank {rank})"
@@ -127,7 +128,14 @@ def launch(
         trainer: gives ``train(recipe, ds_config, output)``; called once the arguments are known to be good, since what it
             imports takes seconds.
     """
-    listen()
+    heartbeat = Path(start.output) / "heartbeat"
+
+    def ended_at_once(message: str) -> None:
+        from mimscale.training.faults.watchdog import note_end
+
+        note_end(heartbeat, "stopped", message)
+
+    listen(ended_at_once)
     from mimscale.training.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
     from mimscale.training.recipe import RecipeError, load_recipe
 
@@ -149,7 +157,7 @@ def launch(
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
         if not everywhere or int(os.environ.get("RANK", "0")) == 0:
-            note_end(Path(start.output) / "heartbeat", state, str(error))
+            note_end(heartbeat, state, str(error))
         fail(error, everywhere, status)
 
     try:
@@ -159,16 +167,24 @@ def launch(
     except (CheckpointError, TrainingError) as error:
         end(error, everywhere=True)
     except Preempted as error:
-        end(error, everywhere=True, state="preempted", status=REQUEUE_EXIT)
+        by_people = error.status != REQUEUE_EXIT
+        end(error, everywhere=True, state="stopped" if by_people else "preempted", status=error.status)
     except (RankLocalError, OSError) as error:
         end(error, everywhere=False)
     except RuntimeError as error:
-        message = lost_rank(Path(start.output) / "heartbeat", error)
+        message = lost_rank(heartbeat, error)
         if message is None:
             raise
+        if (reason := heard()) is not None:
+            # Another rank was quicker to end, or was killed by whoever has asked.
+            text = f"stopped by {reason}, and another rank ended before this step could be saved"
+            end(
+                Preempted(f"{text}; the same command resumes from the last checkpoint"),
+                False,
+                "stopped",
+                exit_status(reason),
+            )
         end(TrainingError(message), everywhere=False)
-    except KeyboardInterrupt:
-        end(KeyboardInterrupt("stopped from the keyboard; the same command resumes"), everywhere=True, state="stopped")
     deafen()
     sys.exit(0)
 

@@ -29,7 +29,7 @@ from mimscale.transfer.classification.mixing import Mixing
 from mimscale.transfer.classification.pictures import PredictionSheet, confusion_picture
 from mimscale.transfer.classification.recipe import ClassificationRecipe
 from mimscale.transfer.classification.scores import TOP, predict, read_ahead
-from mimscale.transfer.task import TransferTask
+from mimscale.transfer.task import TransferTask, classes_in
 from mimscale.transfer.weights import task_encoder
 from mimscale.wording import counted, printable
 
@@ -106,7 +106,7 @@ class Classification(TransferTask):
     @classmethod
     @override
     def module_of(cls, recipe: ClassificationRecipe, data: dict[str, Any]) -> nn.Module:
-        return Classifier(task_encoder(recipe, len(data["classes"])))
+        return Classifier(task_encoder(recipe, len(classes_in(data))))
 
     @classmethod
     @override

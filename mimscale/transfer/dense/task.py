@@ -34,7 +34,7 @@ from mimscale.training.ranks import Ranks
 from mimscale.training.task import TaskBatch
 from mimscale.transfer.dense.recipe import DenseRecipe
 from mimscale.transfer.dense.stream import DenseImages, DenseStream, HeldOutStream
-from mimscale.transfer.task import TransferTask
+from mimscale.transfer.task import TransferTask, classes_in
 from mimscale.transfer.weights import task_encoder
 
 
@@ -92,7 +92,7 @@ class DenseTask(TransferTask):
     @classmethod
     @override
     def module_of(cls, recipe: Any, data: dict[str, Any]) -> nn.Module:
-        return cls.join(recipe, task_encoder(recipe), cls.heads(recipe, len(data["classes"])))
+        return cls.join(recipe, task_encoder(recipe), cls.heads(recipe, len(classes_in(data))))
 
     @override
     def starting_weights(self) -> Callable[[str], Tensor | None]:

@@ -162,9 +162,9 @@ def _read(path: Path) -> dict[str, list[dict]]:
             raise ShardError(f"{path} has no list '{part}' of objects with {' and '.join(keys)}")
         for key in keys:
             if key == "file_name":
-                if wrong := next((row[key] for row in rows if not _is_path(row[key])), None):
+                if wrong := [row[key] for row in rows if not _is_path(row[key])]:
                     raise ShardError(
-                        f"{path}: images need a file_name that is a path, not {printable(repr(wrong), 80)}"
+                        f"{path}: images need a file_name that is a path, not {printable(repr(wrong[0]), 80)}"
                     )
             elif len({type(row[key]) for row in rows} - {int}) > 0 and {type(row[key]) for row in rows} != {str}:
                 raise ShardError(f"{path}: every '{key}' of '{part}' has to be a whole number, or every one a text")

@@ -46,7 +46,12 @@ def _image_paths(folder: str, root: str, rejected: list[tuple[str, str]]) -> Ite
             if entry.name.startswith("."):
                 continue
             path = f"{below}{entry.name}"
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as problem:  # a link to itself
+                rejected.append((entry.path, f"cannot be followed: {problem.strerror}"))
+                continue
+            if is_folder:
                 if entry.is_symlink() and _is_in(entry.path, inside):
                     rejected.append((entry.path, "is a link to a folder that the source holds anyway"))
                 elif (identity := _identity(entry.path)) in seen:
