@@ -87,6 +87,8 @@ class MetricsLog:
         except FileNotFoundError:
             return
         with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_size > LONGEST_LOG:  # a sparse one takes long to come to its bound
+                raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")
             while text := file.readline(LONGEST_LINE):
                 if file.tell() > LONGEST_LOG:
                     raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")

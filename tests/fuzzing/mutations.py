@@ -314,7 +314,7 @@ def tree_mutated(value: Any, rng: random.Random, most: int = 3) -> Any:
         elif what == "many" and isinstance(old, list):
             old.extend((old or [odd_value(rng)]) * rng.choice((1, 3, 2000)))
         elif what == "deep":
-            for _ in range(rng.choice((1, 5, 60, 300))):
+            for _ in range(rng.choice((1, 5, 30, 60))):
                 old = rng.choice(([old], {"a": old}))
             inner[last] = old
         elif what == "another":

@@ -64,6 +64,8 @@ class Watch:
             path, _, flags = values
             if isinstance(flags, int) and flags & _WRITING and isinstance(path, str | bytes | os.PathLike):
                 self._wrote("open to write", path)
+        elif event == "os.mkdir" and os.path.lexists(values[0]):
+            return  # it is there already, which is no change
         elif event in _CHANGES:
             for path in values[: 2 if event in ("os.rename", "os.link") else 1]:
                 if isinstance(path, str | bytes | os.PathLike):
