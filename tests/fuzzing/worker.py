@@ -259,7 +259,9 @@ def work(kind_name: str, seeds: list[int], place: Path, material: Path, say: Con
     for seed in seeds:
         say.send(("prepare", seed))
         shutil.rmtree(place / "case", ignore_errors=True)
-        case = Case(place / "case", material, place / "victim", random.Random(f"{kind_name}:{seed}"))
+        rng = random.Random(f"{kind_name}:{seed}")
+        name = "given" if rng.random() < 0.9 else "a\x1b[31m\u202eb c"  # a folder, too, may be called as it likes
+        case = Case(place / "case", material, place / "victim", rng, name)
         case.given.mkdir(parents=True)
         case.out.mkdir()
         os.chdir(case.out)
