@@ -366,6 +366,57 @@ def _damage(start: Start, harm: Callable[[Path], str]) -> Outcome | None:
     return Outcome(f"{folder.name}/{path.name} {what}", named=named, redo=2 * start.interval + start.interval)
 
 
+def damage_newest_two(start: Start) -> Outcome | None:
+    """The newest checkpoints are damaged, an older pinned one is whole: what the next start saves stays, the pinned one too."""
+    if not start.some_steps() or not start.wait(lambda: len(saved_steps(start.run)) >= 3):
+        return None
+    start.end()
+    steps = whole_steps(start.run)
+    if len(steps) < 3:
+        return None
+    for step in steps[-2:]:
+        data = next((start.run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
+        os.truncate(data, data.stat().st_size - start.rng.randint(1, 100))
+    before = start.logged()
+    again = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
+    again.log_name = "after_damage"
+    again.begin()
+    try:
+        again.wait(lambda: len(set(saved_steps(start.run)) - set(steps[:-2])) >= 1 and not again.is_saving())
+        arrived = not again.is_alive()
+    finally:
+        again.end()
+    left = whole_steps(start.run)
+    if not set(steps[:1]) <= set(left) or len(left) < 2:
+        raise Violation(
+            f"{steps} were saved, {steps[-2:]} damaged; of the whole ones {left} are left\n{again.output()[-3000:]}"
+        )
+    if "set aside as damaged_step_" not in again.output():
+        raise Violation(f"the damaged ones were not named\n{again.output()[-3000:]}")
+    there = "arrived" if arrived else f"saved {left[-1]}"
+    return Outcome(f"steps {steps[-2:]} damaged, the start after it {there}", redo=before)
+
+
+def start_twice(start: Start) -> Outcome | None:
+    """A second start of the run: it says who has it and ends, and the first goes on as if nothing had been."""
+    if not start.some_steps():
+        return None
+    second = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
+    second.log_name = "second"
+    second.begin()
+    try:
+        second.ended_by_itself(*range(second.ranks), within=60)
+    finally:
+        second.end()
+    if not start.is_alive() and (start.run / "result.json").exists():
+        return None  # it arrived before the second came
+    holder = f"in use by process {start.processes[0].pid}"
+    if holder not in second.output() or any(process.exitcode != 1 for process in second.processes):
+        raise Violation(f"the second start did not say '{holder}'\n{second.output()[-3000:]}")
+    start.signal(signal.SIGKILL)
+    return Outcome("a second start was refused")
+
+
 def remove_shard(start: Start) -> Outcome | None:
     """A shard goes while it is trained on: what is open is read on, and a start without it says which one is missing."""
     if not start.some_steps():
@@ -405,5 +456,7 @@ KINDS: dict[str, Callable[[Start], Outcome | None]] = {
     "links planted": plant_links,
     "truncate": truncate,
     "flip a bit": flip_bit,
+    "damage the newest two": damage_newest_two,
+    "start twice": start_twice,
     "remove a shard": remove_shard,
 }

@@ -9,7 +9,6 @@ OUTPUT/results.json      all results, as the report was made from
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from mimscale.files import UnfitFile, is_number, is_whole, read_json, write_text
 from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
+from mimscale.training.faults.lock import RunInUseError, only_start
 from mimscale.training.launch.slurm_queue import queued_jobs
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import MANIFEST, RunFolder
@@ -274,14 +274,13 @@ class StudyFolder:
         """Hold the study, so that no second one starts its jobs.
 
         Raises:
-            StudyError: another process does.
+            StudyError: another process does; the message says which, on which host and since when.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StudyError(f"{self.path} is being run by another process; wait for it, or end it") from None
+                held.enter_context(only_start(self.path, wait=0))
+            except RunInUseError as error:
+                raise StudyError(str(error)) from None
             yield
 
 
