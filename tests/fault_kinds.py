@@ -382,7 +382,8 @@ def damage_newest_two(start: Start) -> Outcome | None:
     again.log_name = "after_damage"
     again.begin()
     try:
-        again.wait(lambda: len(set(saved_steps(start.run)) - set(steps[:-2])) >= 1 and not again.is_saving())
+        aside = "set aside as damaged_step_"
+        again.wait(lambda: again.output().count(aside) == 2 and saved_steps(start.run)[-1] > steps[-3])
         arrived = not again.is_alive()
     finally:
         again.end()
@@ -391,7 +392,7 @@ def damage_newest_two(start: Start) -> Outcome | None:
         raise Violation(
             f"{steps} were saved, {steps[-2:]} damaged; of the whole ones {left} are left\n{again.output()[-3000:]}"
         )
-    if "set aside as damaged_step_" not in again.output():
+    if aside not in again.output():
         raise Violation(f"the damaged ones were not named\n{again.output()[-3000:]}")
     there = "arrived" if arrived else f"saved {left[-1]}"
     return Outcome(f"steps {steps[-2:]} damaged, the start after it {there}", redo=before)
@@ -403,16 +404,19 @@ def start_twice(start: Start) -> Outcome | None:
         return None
     second = Start(start.run, start.config, start.overrides, start.interval, start.shards, start.rng, None)
     second.log_name = "second"
+    # Stopped meanwhile, since it could arrive before the second one has come to the lock.
+    start.signal(signal.SIGSTOP)
     second.begin()
     try:
-        second.ended_by_itself(*range(second.ranks), within=60)
+        second.ended_by_itself(*range(second.ranks), within=90)
     finally:
         second.end()
-    if not start.is_alive() and (start.run / "result.json").exists():
-        return None  # it arrived before the second came
+        start.signal(signal.SIGCONT)
     holder = f"in use by process {start.processes[0].pid}"
     if holder not in second.output() or any(process.exitcode != 1 for process in second.processes):
         raise Violation(f"the second start did not say '{holder}'\n{second.output()[-3000:]}")
+    before = start.logged()
+    start.wait(lambda: start.logged() > before)
     start.signal(signal.SIGKILL)
     return Outcome("a second start was refused")
 
