@@ -92,6 +92,10 @@ class MetricsLog:
         except FileNotFoundError:
             return
         with os.fdopen(descriptor, "rb") as file:
+            if (
+                last is None and os.fstat(descriptor).st_size > LONGEST_LOG
+            ):  # a sparse one takes long to come to its bound
+                raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")
             if last is not None and (start := os.fstat(descriptor).st_size - last) > 0:
                 file.seek(start - 1)
                 while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
