@@ -59,9 +59,12 @@ def write_beside(path: Path, durable: bool = False, folder: Path | None = None) 
         folder: where the place shall be, on the same file system; by default beside ``path``.
 
     Raises:
+        UnfitFile: it would be one of the devices.
         OSError: the file cannot be written; it names ``path``, also where the disk is full.
     """
     beside: Path | None = None
+    if path.parent.resolve() == Path("/dev"):  # whose /dev/stdout root could replace
+        raise UnfitFile(path, "is no place for a file; give the name of one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = _new_file(folder or path.parent, path.name)

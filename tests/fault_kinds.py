@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkProcess
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,7 @@ from training_runs import launcher, records
 from mimscale.commands import pretrain
 from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import CheckpointError
-from mimscale.training.faults.preemption import REQUEUE_EXIT
+from mimscale.training.faults.preemption import REQUEUE_EXIT, exit_status
 from mimscale.training.run_folder import saved_steps
 
 PATIENCE = 240.0
@@ -64,6 +66,8 @@ class Start:
     ranks: int = 2
     log_name: str = "log"
     processes: list[ForkProcess] = field(default_factory=list)
+    # Seconds by which the wall clock of the ranks is set forward.
+    clock: Synchronized[float] = field(default_factory=lambda: multiprocessing.Value("d", 0.0))
 
     def begin(self) -> None:
         """Start the ranks."""
@@ -77,7 +81,7 @@ class Start:
         arguments = launcher(self.run, self.config, *self.overrides)[1:]
         for rank in map(str, range(self.ranks)):
             environment = world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            self.processes.append(ForkProcess(target=_rank, args=(arguments, environment, self.log)))
+            self.processes.append(ForkProcess(target=_rank, args=(arguments, environment, self.log, self.clock)))
             self.processes[-1].start()
 
     def is_alive(self) -> bool:
@@ -147,7 +151,9 @@ class Start:
         return time.monotonic() - began
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _rank(arguments: list[str], environment: dict[str, str], log: Path, clock: Synchronized[float]) -> None:
+    real = time.time
+    time.time = lambda: real() + clock.value
     os.environ.update(environment)
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -250,6 +256,61 @@ def preempt(start: Start) -> Outcome | None:
     if (start.run / "result.json").exists():
         return None
     return Outcome(f"{number.name} to one rank", said=f"stopped by {number.name}", redo=0, status=REQUEUE_EXIT)
+
+
+def signal_twice(start: Start) -> Outcome | None:
+    """One signal to all ranks, twice: saved after the step or ended at once, no save torn, and the status of the signal."""
+    if not start.some_steps():
+        return None
+    number = start.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    gap = start.rng.uniform(0, 2)
+    start.signal(number)
+    deadline = time.monotonic() + gap
+    while time.monotonic() < deadline and start.is_alive():
+        time.sleep(0.01)
+    start.signal(number)
+    start.ended_by_itself(*range(start.ranks), within=60)
+    if (start.run / "result.json").exists():
+        return None
+    ended = {process.exitcode for process in start.processes}
+    # A rank may see the other one gone before it has heard for itself.
+    if start.processes[0].exitcode != exit_status(number.name) or not ended <= {exit_status(number.name), 1}:
+        raise Violation(f"{number.name} twice ended with {ended}\n{start.output()[-3000:]}")
+    return Outcome(f"{number.name} twice within {gap:.1f} s", said=number.name)
+
+
+def suspend(start: Start) -> Outcome | None:
+    """All ranks stopped for longer than the watchdog's patience, as by a closed lid: they go on."""
+    if not start.some_steps():
+        return None
+    start.signal(signal.SIGSTOP)
+    slept = start.rng.uniform(13, 16)
+    time.sleep(slept)
+    start.signal(signal.SIGCONT)
+    return _goes_on(start, f"all ranks stopped for {slept:.0f} s")
+
+
+def set_clock(start: Start) -> Outcome | None:
+    """The wall clock jumps, forward or back: nothing is taken for hung, and no time is negative."""
+    if not start.some_steps():
+        return None
+    start.clock.value = start.rng.choice((-1, 1)) * 10 ** start.rng.uniform(1, 7)
+    return _goes_on(start, f"the clock set by {start.clock.value:.0f} s")
+
+
+def _goes_on(start: Start, what: str) -> Outcome | None:
+    before = start.logged()
+    start.wait(lambda: start.logged() >= before + 2)
+    if start.is_alive():
+        # One beat of the watchdog's after it, which is when it would have ended the run.
+        time.sleep(start.rng.uniform(2, 3))
+    for process in start.processes:
+        if process.exitcode not in (None, 0):
+            raise Violation(f"{what} ended the run\n{start.output()[-3000:]}")
+    if not start.is_alive():
+        return None
+    start.signal(signal.SIGKILL)
+    return Outcome(f"{what}, {start.logged() - before} steps after it")
 
 
 def fill_disk(start: Start) -> Outcome | None:
@@ -455,6 +516,9 @@ KINDS: dict[str, Callable[[Start], Outcome | None]] = {
     "kill a data worker": kill_data_worker,
     "freeze one": freeze,
     "preempt": preempt,
+    "signal twice": signal_twice,
+    "suspend": suspend,
+    "set the clock": set_clock,
     "full disk": fill_disk,
     "log disk full": fill_log_disk,
     "links planted": plant_links,

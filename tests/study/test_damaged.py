@@ -12,6 +12,7 @@ from mimscale.commands.study import main
 from mimscale.study.folder import Record, StudyFolder
 from mimscale.study.jobs import Job, build_graph
 from mimscale.study.results.result import read_json
+from mimscale.study.run.local import LocalRun
 from mimscale.study.spec import load_study
 
 
@@ -90,3 +91,20 @@ def test_a_job_behind_a_damaged_result_waits(study, capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "half-written or damaged" in lines[job.start.job]
     assert lines[job.id].split()[1] in ("waiting", "not")
+
+
+def test_links_in_the_place_of_files_are_not_written_through(study, shards, tmp_path, capsys):
+    path, folder, jobs = study
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    names = ["plan.json", "graph.svg", "graph.png", "results.json", "report/index.html", "report/cells.csv"]
+    for link in [*(folder.path / name for name in names), *(folder.log(job) for job in jobs)]:
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(precious)
+    assert main(["plan", str(path)]) == main(["report", str(path)]) == 0
+    assert not any((folder.path / name).is_symlink() for name in names[:4])
+    values = yaml.safe_load(path.read_text()) | {"shards": {"photographs": str(shards)}}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert LocalRun(load_study(path), {jobs[0].id: jobs[0]}).run() == 1
+    assert f"{jobs[0].id} failed: its log cannot be written: {folder.log(jobs[0])} is a link" in capsys.readouterr().out
+    assert precious.read_text() == "precious"
