@@ -275,12 +275,15 @@ def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int
                 for at in range(0, len(seeds), BATCH)
             ]
         found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
-        for kind, seed, outcome, about, seconds, grown in tried(batches, asked.jobs):
-            tallies[kind].add(outcome, seconds, grown)
-            if outcome in FAULTS:
-                found.setdefault((kind, outcome, _place(about)), []).append((seed, about))
-            elif outcome == "refused" and tallies[kind].counts["refused"] <= asked.sample:
-                print(f"{kind}:{seed}: {about}", flush=True)
+        try:
+            for kind, seed, outcome, about, seconds, grown in tried(batches, asked.jobs):
+                tallies[kind].add(outcome, seconds, grown)
+                if outcome in FAULTS:
+                    found.setdefault((kind, outcome, _place(about)), []).append((seed, about))
+                elif outcome == "refused" and tallies[kind].counts["refused"] <= asked.sample:
+                    print(f"{kind}:{seed}: {about}", flush=True)
+        except KeyboardInterrupt:
+            print("stopped; so far:")
         report(tallies, found)
         print(f"{time.monotonic() - began:.0f} s; seeds from {asked.seed}")
     return 1 if found else 0
