@@ -512,7 +512,7 @@ def make_interrupted(folder: Path) -> None:
     assert list(folder.glob(".build/journal/*")), "nothing is left of the build"
 
 
-@kind("interrupted-build", ShardError, needs=("interrupted",))
+@kind("interrupted-build", ShardError, OSError, needs=("interrupted",))
 def interrupted(case: Case) -> Reader:
     """A build that is resumed: what stands must be what it would write, or be written again."""
     out, rng = case.copy("interrupted"), case.rng

@@ -451,7 +451,7 @@ def replace_file(path: Path, case: Case) -> None:
         )
     )
     case.notes.append(f"{path.name} is replaced: {what}")
-    content = path.read_bytes() if path.is_file() else b""
+    content = path.read_bytes() if path.is_file() and path.stat().st_size < 2**26 else b""
     with suppress(FileNotFoundError):
         path.unlink()
     if what == "pipe":

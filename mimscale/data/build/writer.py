@@ -200,9 +200,9 @@ def _journaled(work: Path, task: ShardTask) -> Written:
     Raises:
         ShardError: it says nothing that can be used: somebody else has changed it.
     """
-    entry, table = journal_entry(work, task.file), work / "journal" / f"{task.file}.npy"
+    entry = journal_entry(work, task.file)
     try:
-        whole = holds_rows(table, task.stop - task.start)
+        whole = entry is not None and holds_rows(work, task, entry.table)
     except OSError:
         whole = False
     if entry is None or not whole:
