@@ -59,9 +59,12 @@ def write_beside(path: Path, durable: bool = False, folder: Path | None = None) 
         folder: where the place shall be, on the same file system; by default beside ``path``.
 
     Raises:
+        UnfitFile: it would be one of the devices.
         OSError: the file cannot be written; it names ``path``, also where the disk is full.
     """
     beside: Path | None = None
+    if path.parent.resolve() == Path("/dev"):  # whose /dev/stdout root could replace
+        raise UnfitFile(path, "is no place for a file; give the name of one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = _new_file(folder or path.parent, path.name)
@@ -209,10 +212,35 @@ def read_bytes(path: Path | str, most: int = LARGEST) -> bytes:
         OSError: it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        # By its size first: a sparse file may be longer than all memory. Read with the bound: its size may be a lie, or grow.
+        content = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if content is None or len(content) > most:
         raise UnfitFile(path, f"holds more than {counted(most, 'byte')}, the most that is read")
     return content
+
+
+# Bytes of a large text that are looked at together.
+_PIECE = 1 << 22
+
+
+def read_json_bytes(path: Path | str, most: int = LARGEST) -> bytes:
+    """Read the whole of a JSON file that may be large; no further than to what no JSON holds, a zero byte.
+
+    Raises:
+        UnfitFile: it is no regular file, holds more than ``most`` bytes, or a zero byte.
+        OSError: it cannot be read.
+    """
+    pieces: list[bytes] = []
+    held = 0
+    with open(open_regular(path), "rb") as file:
+        while piece := file.read(_PIECE):
+            held += len(piece)
+            if held > most:
+                raise UnfitFile(path, f"holds more than {counted(most, 'byte')}, the most that is read")
+            if b"\0" in piece:
+                raise UnfitFile(path, f"is no JSON: byte {held - len(piece) + piece.index(0):,} is zero")
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def read_end(path: Path | str, most: int) -> bytes:
@@ -297,6 +325,6 @@ def read_json(path: Path | str, most: int = LARGEST) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return parse_json(read_bytes(path, most))
+        return parse_json(read_json_bytes(path, most))
     except ValueError as problem:
         raise UnfitFile(path, f"is no JSON: {problem}") from None

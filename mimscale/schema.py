@@ -33,7 +33,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from mimscale.files import UnfitFile, read_text
 from mimscale.resources import Kind
-from mimscale.wording import counted, printable
+from mimscale.wording import Escaped, counted, printable
 
 # Suggestions are for typing errors; what differs more than this is another word.
 NEAR = 0.7
@@ -54,7 +54,7 @@ KINDS = {
 }
 
 
-class SchemaError(ValueError):
+class SchemaError(Escaped, ValueError):
     """A file or an override that cannot be used; the message names the key and what to write instead."""
 
 

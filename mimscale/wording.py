@@ -36,6 +36,13 @@ def escaped(message: str) -> str:
     return "\n".join(map(_escaped, message.split("\n")))
 
 
+class Escaped(Exception):
+    """An error in whose message there may be foreign text (names, keys): what no terminal should get of it is escaped."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(escaped(str(message)))
+
+
 def _escaped(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text

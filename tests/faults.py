@@ -45,6 +45,7 @@ SETTINGS = [
     "train.iterations=24",
     f"train.checkpoint_every={INTERVAL}",
     "train.keep_checkpoints=3",
+    f"train.pinned_steps=[{INTERVAL}]",
     "train.validate_every=12",
     "train.reconstructions=0",
     "train.hang_minutes=0.2",

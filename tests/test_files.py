@@ -2,6 +2,7 @@
 
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,11 @@ def test_where_there_is_no_room_the_file_is_named_and_stays_as_it_was(tmp_path):
     assert added.value.filename == written.value.filename == str(path)
     assert path.read_text() == 9 * "x" + "\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_device_is_replaced():
+    with pytest.raises(UnfitFile, match="/dev/stdout is no place for a file"):
+        write_text(Path("/dev/stdout"), "new")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):

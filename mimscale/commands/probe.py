@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.commands.numbers import whole
-from mimscale.wording import counted
+from mimscale.wording import counted, printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
         (f"{figures['k']} nearest neighbours", figures["knn_top1"], figures["knn_top5"]),
         ("always the commonest class", figures["commonest_class"], None),
     ]
-    lines = [f"{'frozen features of ' + result['from']:<44}  top-1   top-5"]
+    lines = [f"{'frozen features of ' + printable(result['from']):<44}  top-1   top-5"]
     for name, top, five in rows:
         lines.append(f"  {name:<42} {top:6.2f} {'' if five is None else f'{five:7.2f}'}")
     images = result["images"]
@@ -69,5 +69,5 @@ def main(argv: list[str]) -> int:
         print(f"mimscale: error: {error}", file=sys.stderr)
         return 1
     print(table(result))
-    print(target)
+    print(printable(target))
     return 0

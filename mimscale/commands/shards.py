@@ -152,12 +152,11 @@ def _verify(options: argparse.Namespace) -> int:
     if problems:
         if len(problems) > _SHOWN_PROBLEMS:
             print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
-        print(f"{options.out}: {counted(len(problems), 'problem')}", file=sys.stderr)
+        print(f"{printable(options.out)}: {counted(len(problems), 'problem')}", file=sys.stderr)
         return 1
     index = ShardIndex.load(options.out)
-    print(
-        f"{options.out}: {counted(len(index), 'sample')} in {counted(len(index.shards), 'shard')}, all as the index says"
-    )
+    held = f"{counted(len(index), 'sample')} in {counted(len(index.shards), 'shard')}"
+    print(f"{printable(options.out)}: {held}, all as the index says")
     return 0
 
 
@@ -270,7 +269,10 @@ def main(arguments: list[str] | None = None, program: str = "mimscale shards") -
     except (ShardError, RegistryError) as error:
         print(f"mimscale: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"mimscale: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
+        print(
+            f"mimscale: error: {printable(error.filename or options.out)}: {error.strerror or printable(error)}",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print("stopped; the same command resumes from here", file=sys.stderr)
         return INTERRUPTED_EXIT

@@ -9,7 +9,6 @@ OUTPUT/results.json      all results, as the report was made from
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from mimscale.files import UnfitFile, is_number, is_whole, read_json, write_text
 from mimscale.schema import differences
 from mimscale.study.jobs import Job, recipe_digest
 from mimscale.study.spec import Study, StudyError
+from mimscale.training.faults.lock import RunInUseError, only_start
 from mimscale.training.launch.slurm_queue import queued_jobs
 from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import MANIFEST, RunFolder
@@ -244,12 +244,10 @@ class StudyFolder:
         hint = f"remove {folder.path} to run {job.id} anew, or choose another output"
         problems = []
         if os.path.lexists(folder.recipe):
-            try:
-                saved = folder.saved_recipe(type(job.recipe))
-            except RecipeError as error:
-                if record.digest == job.digest:  # the job's own, and a resume writes it anew
-                    return []
-                return [f"{folder.recipe} is no recipe of {job.id} ({' '.join(str(error).split())}); {hint}"]
+            if damage := self.recipe_damage(job):
+                # The record knows whose run it is; a resume writes the recipe anew.
+                return [] if record.digest == job.digest else [f"{damage}; {hint}"]
+            saved = folder.saved_recipe(type(job.recipe))
             if saved is not None and recipe_digest(saved) != job.digest:
                 differing = differences(saved, job.recipe, saved.free_keys | {"finetune.from"})
                 problems.append(
@@ -261,19 +259,28 @@ class StudyFolder:
             problems.append(f"{folder.path} started from another {job.start.job} than the study's; {hint}")
         return problems
 
+    def recipe_damage(self, job: Job) -> str:
+        """What is wrong with the ``recipe.yaml`` of a job's run; empty where it is a recipe, or is not there."""
+        run = self.run(job)
+        try:
+            run.saved_recipe(type(job.recipe))
+        except RecipeError as error:
+            why = printable(" ".join(str(error).split()), 600)
+            return f"{printable(run.recipe)} is no recipe of {job.id} ({why})"
+        return ""
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the study, so that no second one starts its jobs.
 
         Raises:
-            StudyError: another process does.
+            StudyError: another process does; the message says which, on which host and since when.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StudyError(f"{self.path} is being run by another process; wait for it, or end it") from None
+                held.enter_context(only_start(self.path, wait=0))
+            except RunInUseError as error:
+                raise StudyError(str(error)) from None
             yield
 
 

@@ -33,6 +33,8 @@ from mimscale.wording import printable
 FORMAT = 2
 # Tensors are flushed to a file of about this size, which bounds the host memory that a save needs.
 FILE_BYTES = 1 << 30
+# Of a tensor; far beyond any model's, and within what torch can count.
+MOST_DIMENSIONS, MOST_NUMBERS = 16, 2**48
 
 
 def owners(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
@@ -192,6 +194,8 @@ def _check_types(manifest: dict[str, Any]) -> None:
         raise ValueError("its data.build is no text")
     if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(map(whole, s)) for s in shapes.values()):
         raise ValueError("its shapes are no lists of sizes by name")
+    if not all(len(shape) <= MOST_DIMENSIONS and math.prod(shape) < MOST_NUMBERS for shape in shapes.values()):
+        raise ValueError("its shapes have more dimensions or numbers than a tensor")
     if not isinstance(files, dict):
         raise ValueError("its files are no mapping")
     for name, entry in files.items():

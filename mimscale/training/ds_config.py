@@ -17,10 +17,10 @@ from mimscale.files import UnfitFile, parse_json, read_text
 from mimscale.resources import DS_CONFIGS
 from mimscale.schema import nearest, some
 from mimscale.training.recipe import RunRecipe
-from mimscale.wording import printable
+from mimscale.wording import Escaped, printable
 
 
-class DeepSpeedConfigError(ValueError):
+class DeepSpeedConfigError(Escaped, ValueError):
     """A DeepSpeed configuration that cannot be used; the message names the file and the key."""
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from mimscale.data.errors import ShardError
+from mimscale.wording import Escaped
 
 Batch = TypeVar("Batch")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Escaped, RuntimeError):
     """Training cannot continue; the message names the step, the cause and what to do."""
 
 
@@ -18,7 +19,7 @@ class CorruptedUpdateError(TrainingError):
     """An update went wrong after it had reached the weights."""
 
 
-class RankLocalError(RuntimeError):
+class RankLocalError(Escaped, RuntimeError):
     """Something that happened to this rank alone, so that this rank has to report it."""
 
 
@@ -34,5 +35,5 @@ def read_here(batches: Iterable[Batch]) -> Iterator[Batch]:
         raise RankLocalError(str(error)) from error
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Escaped, ValueError):
     """A checkpoint that cannot be written or used; the message names it and what to do."""

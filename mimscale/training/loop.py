@@ -18,6 +18,7 @@ from mimscale.training import checkpoint as checkpoints
 from mimscale.training.ds_config import reconcile, split_batch
 from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.errors import CheckpointError, CorruptedUpdateError, TrainingError
+from mimscale.training.faults.lock import only_start
 from mimscale.training.faults.preemption import Preempted, StopRequests
 from mimscale.training.faults.recovery import StartingPoint, check_branch, check_resumable, starting_point
 from mimscale.training.faults.spikes import WINDOW, Apply, LeftOut, RollBack, Skip, SpikePolicy, Stop
@@ -48,6 +49,7 @@ def run(task: Callable[[], Task], ds_config: dict[str, Any], output: str | Path)
     Raises:
         RecipeError, DeepSpeedConfigError, ShardError, CheckpointError, TrainingError: on all ranks alike; the message says
             what to do.
+        RunInUseError: another start has the run folder; nothing in it was touched.
         RankLocalError: reading failed on this rank.
         Preempted: it was asked to stop and has saved.
     """
@@ -55,7 +57,8 @@ def run(task: Callable[[], Task], ds_config: dict[str, Any], output: str | Path)
     ranks = start_ranks()
     folder = RunFolder(output)
     try:
-        with StopRequests() as stop:
+        with StopRequests() as stop, contextlib.ExitStack() as held:
+            first_only(lambda: held.enter_context(only_start(folder.path)))
             while True:
                 this = _prepare(task(), ds_config, folder, ranks)
                 done = folder.finished() if this.step == this.task.recipe.train.iterations else None

@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mimscale.files import (
     set_aside,
     write_beside,
 )
+from mimscale.training.errors import RankLocalError
 from mimscale.training.run_folder import RunFolder, step_name
 from mimscale.wording import counted, printable
 
@@ -60,23 +62,27 @@ class MetricsLog:
         """What all whole lines hold; sets :attr:`damage`, which is empty where nothing is wrong."""
         return list(self.records())
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """As :meth:`read`, one after the other; :attr:`damage` is set at the end."""
+    def records(self, last: int | None = None) -> Iterator[dict[str, Any]]:
+        """As :meth:`read`, one after the other; :attr:`damage` is set at the end.
+
+        Args:
+            last: bytes at the file's end to look at; by default all of it.
+        """
         damaged, first = 0, ""
         try:
-            for number, line in enumerate(self._lines(), 1):
+            for number, line in enumerate(self._lines(last), 1):
                 if line.record is not None:
                     yield line.record
                 else:
                     damaged += 1
-                    first = first or f"line {number} {line.problem}"
+                    first = first or f"{'a line' if last else f'line {number}'} {line.problem}"
         except OSError as error:
             first = printable(error.strerror) if isinstance(error, UnfitFile) else f"cannot be read ({error.strerror})"
         some = f"has {counted(damaged, 'damaged line')}: " if damaged else ""
         self.damage = f"{printable(self.path)} {some}{first}" if first else ""
 
-    def _lines(self) -> Iterator[LoggedLine]:
-        """The file's lines; one that is too long comes in pieces.
+    def _lines(self, last: int | None = None) -> Iterator[LoggedLine]:
+        """The file's lines, or those that begin in its ``last`` bytes; one that is too long comes in pieces.
 
         Raises:
             OSError: it cannot be read, or is too long.
@@ -86,8 +92,16 @@ class MetricsLog:
         except FileNotFoundError:
             return
         with os.fdopen(descriptor, "rb") as file:
+            if (
+                last is None and os.fstat(descriptor).st_size > LONGEST_LOG
+            ):  # a sparse one takes long to come to its bound
+                raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")
+            if last is not None and (start := os.fstat(descriptor).st_size - last) > 0:
+                file.seek(start - 1)
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass  # of a line that began before
             while text := file.readline(LONGEST_LINE):
-                if file.tell() > LONGEST_LOG:
+                if last is None and file.tell() > LONGEST_LOG:
                     raise UnfitFile(self.path, f"holds more than {counted(LONGEST_LOG, 'byte')}, the most that is read")
                 try:
                     yield LoggedLine(text, _logged(text), "")
@@ -248,7 +262,7 @@ class RunLog:
     def step(self, step: int, record: dict[str, float], samples: int) -> None:
         """Log an update: ``loss``, ``lr``, ``grad_norm``, ``images_per_s`` and ``mfu``, after ``samples`` images in all."""
         if self.ranks.is_first:
-            self.metrics.append({"step": step, **record})
+            self._log({"step": step, **record})
             self._scalars(record, step, samples)
             text = "loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.2f} | {images_per_s:.1f} images/s | MFU {mfu:.0%}"
             self.progress.step(step, text.format(**record))
@@ -256,7 +270,7 @@ class RunLog:
     def left_out(self, step: int, reason: str) -> None:
         """Log that the update of a batch was left out."""
         if self.ranks.is_first:
-            self.metrics.append({"step": step, "left_out": reason})
+            self._log({"step": step, "left_out": reason})
 
     def skipped_samples(self, skipped: list[tuple[str, str]]) -> None:
         """Report each damaged sample of this rank once."""
@@ -271,24 +285,44 @@ class RunLog:
             return
         from mimscale.training.pictures import save_png
 
-        self.metrics.append({"step": step, **found.record})
+        self._log({"step": step, **found.record})
         self._scalars(found.record, step, samples)
         self.progress.report(f"step {step}: {found.text}")
         for name, picture in found.pictures.items():
-            save_png(picture, self.folder.path / name / f"{step_name(step)}.png")
+            path = self.folder.path / name / f"{step_name(step)}.png"
+            with self._writing(path):
+                save_png(picture, path)
             if self.board is not None:
                 from torchvision.transforms.functional import pil_to_tensor
 
-                self.board.add_image(name, pil_to_tensor(picture), step)
+                with self._writing(self.folder.tensorboard):
+                    self.board.add_image(name, pil_to_tensor(picture), step)
 
     def _scalars(self, values: dict[str, float], step: int, samples: int) -> None:
         if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(f"{'validation' if key.startswith('val_') else 'train'}/{key}", value, step)
+            with self._writing(self.folder.tensorboard):
+                for key, value in values.items():
+                    self.board.add_scalar(f"{'validation' if key.startswith('val_') else 'train'}/{key}", value, step)
         self.write_events([(f"mimscale/{key}", value, samples) for key, value in values.items()])
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Have an error name what cannot be written: ``path``, where it does not name another file."""
+        try:
+            yield
+        except OSError as error:
+            raise RankLocalError(
+                f"{printable(error.filename or path)} cannot be written ({error.strerror}). Make room (or mend the cause) and "
+                "start the same command again: it resumes from the last checkpoint"
+            ) from error
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with self._writing(self.metrics.path):
+            self.metrics.append(record)
 
     def close(self) -> None:
         """End the line and the files."""
         if self.board is not None:
-            self.board.close()
+            with self._writing(self.folder.tensorboard):
+                self.board.close()
         self.progress.close()

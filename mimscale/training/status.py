@@ -17,6 +17,9 @@ from mimscale.training.recipe import RecipeError
 from mimscale.training.run_folder import RunFolder, read_recipe_value, saved_steps
 from mimscale.wording import counted, printable
 
+# Of metrics.jsonl: a hundred thousand steps, so that the longest run's status takes no longer than others'.
+LAST_BYTES = 2**24
+
 
 @dataclass(frozen=True)
 class Status:
@@ -80,7 +83,7 @@ class _Logged:
 
 def _logged(path: Path, damage: list[str]) -> _Logged:
     log, found = MetricsLog(path), _Logged()
-    for record in log.records():
+    for record in log.records(LAST_BYTES):
         found.step = record["step"]
         if "loss" in record:
             found.training.append(record)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -133,7 +134,10 @@ def features(
             labels.append(images.labels[images.valid])
     found = Features(torch.cat(values), torch.cat(labels))
     with write_beside(path) as beside:
-        save_file({"values": found.values, "labels": found.labels}, beside)
+        try:
+            save_file({"values": found.values, "labels": found.labels}, beside)
+        except SafetensorError as error:
+            raise OSError(f"{printable(path)} cannot be written ({printable(error)})") from None
     return found
 
 

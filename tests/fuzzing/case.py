@@ -36,13 +36,14 @@ class Case:
     material: Path
     victim: Path
     rng: random.Random
+    name: str = "given"
     outputs: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def given(self) -> Path:
         """Where the input lies."""
-        return self.folder / "given"
+        return self.folder / self.name
 
     @property
     def out(self) -> Path:

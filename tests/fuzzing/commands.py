@@ -222,7 +222,7 @@ def others(case: Case) -> Reader:
         case.outputs.append(shards)
         return lambda: _call(
             ["shards", word, str(shards), *([] if word == "list" else ["--workers", "1"])],
-            also="problem" if word == "verify" else "error: ",
+            also=": " if word == "verify" else "error: ",
         )
     if word == "keys":
         return lambda: _call(["keys", _odd(rng)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -10,13 +11,14 @@ import os
 import random
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib.cbook
 import numpy as np
 import scipy.io
 from PIL import Image
 
-from fuzzing.case import Case, Reader, kind, material
+from fuzzing.case import Case, Misfit, Reader, kind, material
 from fuzzing.mutations import (
     bytes_mutated,
     clutter,
@@ -488,3 +490,43 @@ def devkit(case: Case) -> Reader:
     root = case.copy("archives")
     file_mutated(root / "meta.mat", bytes_mutated, case, strange=0.1)
     return lambda: read_labels(root / "numbers.txt", [f"{number}.jpg" for number in range(9)])
+
+
+# -- builds ------------------------------------------------------------------------------------------------------------
+
+
+@material("interrupted", "folder")
+def make_interrupted(folder: Path) -> None:
+    """A build that was ended after its first shard."""
+    made, done = writer.make_shard, []
+
+    def once(task: Any) -> int:
+        if done:
+            raise KeyboardInterrupt
+        done.append(task)
+        return made(task)
+
+    writer.make_shard = once
+    with contextlib.suppress(KeyboardInterrupt):
+        writer.build(ImageFolder(folder.parent / "folder"), folder, options=writer.Options(samples_per_shard=4))
+    assert list(folder.glob(".build/journal/*")), "nothing is left of the build"
+
+
+@kind("interrupted-build", ShardError, needs=("interrupted",))
+def interrupted(case: Case) -> Reader:
+    """A build that is resumed: what stands must be what it would write, or be written again."""
+    out, rng = case.copy("interrupted"), case.rng
+    case.outputs.append(out)
+    files = [*(out / ".build" / "journal").iterdir(), *out.glob("*.tar"), out / ".build" / "plan"]
+    for path in rng.sample(sorted(files), rng.choice((1, 1, 2))):
+        how = json_mutated if path.suffix == ".json" else bytes_mutated
+        file_mutated(path, how, case, strange=0.2)
+    if rng.random() < 0.2:
+        clutter(rng.choice((out, out / ".build", out / ".build" / "journal")), case)
+
+    def read() -> None:
+        writer.build(ImageFolder(case.material / "folder"), out, options=writer.Options(samples_per_shard=4))
+        if problems := verify(out):
+            raise Misfit(f"the build is damaged: {problems[:3]}")
+
+    return read

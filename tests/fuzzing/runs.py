@@ -22,6 +22,7 @@ from mimscale.study.spec import StudyError, load_study
 from mimscale.training.errors import CheckpointError
 from mimscale.training.faults.spikes import LeftOut
 from mimscale.training.faults.watchdog import laggards, read_heartbeats
+from mimscale.training.launch.job_file import SlurmError
 from mimscale.training.metrics import MetricsLog
 from mimscale.training.recipe import Recipe, RecipeError
 from mimscale.training.run_folder import RunFolder
@@ -143,7 +144,7 @@ def make_study(folder: Path) -> None:
         about.write(job, record)
 
 
-@kind("study-folder", StudyError, ResultsError, needs=("study",), share=0.5)
+@kind("study-folder", StudyError, ResultsError, SlurmError, needs=("study",), share=0.5)
 def study_folder(case: Case) -> Reader:
     """A study's records, results and runs."""
     whole, rng = case.copy("study"), case.rng

@@ -64,6 +64,8 @@ class Watch:
             path, _, flags = values
             if isinstance(flags, int) and flags & _WRITING and isinstance(path, str | bytes | os.PathLike):
                 self._wrote("open to write", path)
+        elif event == "os.mkdir" and os.path.lexists(values[0]):
+            return  # it is there already, which is no change
         elif event in _CHANGES:
             for path in values[: 2 if event in ("os.rename", "os.link") else 1]:
                 if isinstance(path, str | bytes | os.PathLike):
@@ -257,7 +259,9 @@ def work(kind_name: str, seeds: list[int], place: Path, material: Path, say: Con
     for seed in seeds:
         say.send(("prepare", seed))
         shutil.rmtree(place / "case", ignore_errors=True)
-        case = Case(place / "case", material, place / "victim", random.Random(f"{kind_name}:{seed}"))
+        rng = random.Random(f"{kind_name}:{seed}")
+        name = "given" if rng.random() < 0.9 else "a\x1b[31m\u202eb c"  # a folder, too, may be called as it likes
+        case = Case(place / "case", material, place / "victim", rng, name)
         case.given.mkdir(parents=True)
         case.out.mkdir()
         os.chdir(case.out)

@@ -181,13 +181,12 @@ def test_half_written_results_are_named_and_left_alone(smoke, capsys):
 
 
 def test_a_second_run_of_the_same_study_is_refused(smoke, capsys):
-    import fcntl
+    from mimscale.training.faults.lock import only_start
 
     path, out, _, _ = smoke
-    with (out / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with only_start(out):
         assert main(["run", str(path)]) == 1
-    assert "is being run by another process" in capsys.readouterr().err
+    assert f"{out} is in use by" in capsys.readouterr().err
 
 
 def test_an_interrupt_saves_what_was_done_and_says_so(solar_shards, tmp_path):

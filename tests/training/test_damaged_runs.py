@@ -139,6 +139,18 @@ def test_damaged_lines_are_kept_and_the_others_read(tmp_path):
     assert log.rewind(2) == log.damage == ""
 
 
+def test_the_status_of_a_long_run_takes_no_longer(run):
+    line = b'{"step": %d, "loss": 0.5, "images_per_s": 40.0, "note": "' + b"x" * 1000 + b'"}\n'
+    with (run / "metrics.jsonl").open("wb") as file:
+        file.truncate(2**40)
+        file.seek(0, 2)
+        file.write(b"\n" + b"".join(line % step for step in range(20_000)))
+    began = time.monotonic()
+    assert status(run).step == 19_999
+    assert not status(run).damage
+    assert time.monotonic() - began < 5
+
+
 def test_numbers_of_any_size_are_shown(run, capsys):
     lines = ['{"step": 3, "loss": 1e308, "images_per_s": 1e-308}', '{"step": 3, "val_loss": NaN}']
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")

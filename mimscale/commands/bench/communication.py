@@ -118,8 +118,10 @@ def measure(cells: list[dict[str, Any]], ranks: int) -> list[tuple[Traffic, Traf
     """Traffic (measured, predicted) of every cell ``{"recipe", "overrides", "config"}``, on ``ranks`` processes of this host.
 
     Raises:
-        RecipeError: the ranks failed; with what they said.
+        RecipeError: a recipe cannot be used, or the ranks failed; with what they said.
     """
+    for cell in cells:  # what is wrong with a recipe is told here, and not by every rank
+        load_recipe(cell["recipe"], cell["overrides"])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -16,17 +16,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mimscale.data import pool
 from mimscale.data.build import writer
 from mimscale.data.build.layout import Layout, lay_out
 from mimscale.data.build.listing import Listing
-from mimscale.data.build.shard_writer import Options, ShardTask
+from mimscale.data.build.shard_writer import Options, ShardTask, journal_entry
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index, View
-from mimscale.files import open_to_append, write_bytes
+from mimscale.files import open_to_append, read_json, write_bytes
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _settle(
     """The layout all parts go by, and the builders' lock, shared with the other parts."""
     work = out / WORK_FOLDER
     made = work / "listing" / "made.json"
-    known = json.loads(made.read_bytes()) if made.exists() else {}
+    known = _settled(made)
     fresh = known.get("array") != part.array
     with ExitStack() as unless_settled:
         held = unless_settled.enter_context(os.fdopen(open_to_append(work / "lock"), "ab"))
@@ -157,6 +157,22 @@ def _settle(
         return held, layout
 
 
+def _settled(made: Path) -> dict[str, Any]:
+    """What the first part has written of the listing; empty where there is none, or it is damaged, so that it is made anew."""
+    try:
+        known = read_json(made)
+    except OSError:
+        return {}
+    kinds = {"array": str, "asked": str, "train_rows": int, "rejected": list}
+    if not isinstance(known, dict) or {name: type(value) for name, value in known.items()} != kinds:
+        return {}
+    pairs = all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in known["rejected"]
+    )
+    return known if pairs and known["train_rows"] >= 0 else {}
+
+
 def _finished(out: Path, work: Path, layout: Layout) -> Index:
     """The index of a build that other parts have finished."""
     layout.refuse_other(out)
@@ -166,10 +182,12 @@ def _finished(out: Path, work: Path, layout: Layout) -> Index:
 
 def _is_written(task: ShardTask) -> bool:
     """Whether a part has finished this shard; its bytes were hashed as they were written."""
+    entry = journal_entry(Path(task.work), task.file)
     try:
-        entry = json.loads((Path(task.work) / "journal" / f"{task.file}.json").read_bytes())
-        return entry["plan"] == task.plan and (Path(task.out) / task.file).stat().st_size == entry["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return (
+            entry is not None and entry.plan == task.plan and (Path(task.out) / task.file).stat().st_size == entry.bytes
+        )
+    except OSError:
         return False
 
 

@@ -15,7 +15,7 @@ from mimscale.data.build.shard_writer import Options, ShardTask, save_array
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import INDEX_NAME, WORK_FOLDER, Index
-from mimscale.files import write_bytes
+from mimscale.files import read_text, write_bytes
 from mimscale.wording import counted
 
 
@@ -72,6 +72,7 @@ def _digest(listing: Listing, order: np.ndarray, shards: list, classes: list[str
 
 # In the work folder: the digest of the layout that what is written there goes by.
 PLAN_NAME = "plan"
+_PLAN_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,13 @@ class Layout:
             except ShardError as error:  # ends with "build again"
                 raise ShardError(f"{error} into another folder, or delete this one") from None
         elif (out / WORK_FOLDER / PLAN_NAME).exists():
-            known = (out / WORK_FOLDER / PLAN_NAME).read_text()
+            try:
+                known = read_text(out / WORK_FOLDER / PLAN_NAME, _PLAN_BYTES)
+            except OSError as problem:
+                raise ShardError(
+                    f"{out / WORK_FOLDER / PLAN_NAME} cannot be read ({problem.strerror or problem}); choose another folder, or "
+                    "delete this one"
+                ) from None
         elif tars := sorted(out.glob("*.tar")):
             raise ShardError(
                 f"{out} holds {tars[0].name}, which no build of mimscale's left there; choose an empty folder"

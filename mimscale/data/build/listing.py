@@ -80,6 +80,8 @@ class ListingWriter:
     """Appends what is found to the column files of a listing in ``folder``."""
 
     def __init__(self, folder: Path):
+        if folder.is_symlink():  # what it leads to is none of ours to write into
+            folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.containers: list[str] = []

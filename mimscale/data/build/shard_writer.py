@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards import store
 from mimscale.data.shards.format import file_sha256, table_dtype
 from mimscale.data.shards.tar import BLOCK, END_OF_ARCHIVE, TarError, pack_header, padding
-from mimscale.files import write_beside, write_bytes
+from mimscale.files import open_regular, read_json, write_beside, write_bytes
 
 # Half of what a core keeps of its own on common machines.
 _BUFFER_BYTES = 512 * 1024
@@ -181,6 +182,10 @@ def _stored_form(data: bytes, entry: Entry, options: Options) -> tuple[bytes, by
         raise ShardError(f"{entry.where} has changed since it was listed: {error}; run the build again") from None
 
 
+# Of an entry of the journal, and of the header of a piece of the table.
+_ENTRY_BYTES = 4096
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array durably, in numpy's own format."""
     buffer = io.BytesIO()
@@ -188,17 +193,61 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_bytes(path, buffer.getvalue(), durable=True)
 
 
-def is_finished(task: ShardTask) -> bool:
-    """Whether the shard of an earlier, killed build stands as it must: journal entry, size and SHA-256."""
-    path, journal = Path(task.out) / task.file, Path(task.work) / "journal"
+@dataclass(frozen=True)
+class Written:
+    """What the journal says of a finished shard: of which plan, its bytes, its SHA-256, and how many images were rewritten."""
+
+    plan: str
+    bytes: int
+    sha256: str
+    rewritten: int
+
+
+def journal_entry(work: Path, file: str) -> Written | None:
+    """The journal's entry of a shard; ``None`` where there is none, or it is damaged, so that the shard is written again."""
     try:
-        entry = json.loads((journal / f"{task.file}.json").read_bytes())
-        table = np.load(journal / f"{task.file}.npy", allow_pickle=False)
+        entry = read_json(work / "journal" / f"{file}.json", _ENTRY_BYTES)
+    except OSError:
+        return None
+    kinds = {"plan": str, "bytes": int, "sha256": str, "rewritten": int}
+    if not isinstance(entry, dict) or {name: type(value) for name, value in entry.items()} != kinds:
+        return None
+    return Written(**entry)
+
+
+def is_finished(task: ShardTask) -> bool:
+    """Whether the shard of an earlier, killed build stands as it must: journal entry, table, size and SHA-256."""
+    path, work = Path(task.out) / task.file, Path(task.work)
+    entry = journal_entry(work, task.file)
+    try:
         return (
-            entry["plan"] == task.plan
-            and len(table) == task.stop - task.start
-            and path.stat().st_size == entry["bytes"]
-            and file_sha256(path) == entry["sha256"]
+            entry is not None
+            and entry.plan == task.plan
+            and holds_rows(work / "journal" / f"{task.file}.npy", task.stop - task.start)
+            and path.stat().st_size == entry.bytes
+            and file_sha256(path) == entry.sha256
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         return False
+
+
+def holds_rows(path: Path, rows: int) -> bool:
+    """Whether a file is a piece of the sample table, of so many rows.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return False
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_ENTRY_BYTES)
+        except Exception:  # numpy's parser of headers raises SyntaxError, TokenError and others besides ValueError
+            return False
+        fits = (
+            shape == (rows,)
+            and not by_column
+            and "key" in (dtype.names or ())
+            and dtype == table_dtype(dtype["key"].itemsize)
+        )
+        return fits and os.fstat(file.fileno()).st_size == file.tell() + rows * dtype.itemsize

@@ -7,7 +7,6 @@ on how many processes write, and a shard that was finished before a kill is the 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,15 @@ import numpy as np
 from mimscale.data import pool
 from mimscale.data.build.layout import PLAN_NAME, Layout, lay_out
 from mimscale.data.build.listing import Found, Listing, ListingWriter
-from mimscale.data.build.shard_writer import Options, ShardTask, is_finished, write_shard
+from mimscale.data.build.shard_writer import (
+    Options,
+    ShardTask,
+    Written,
+    holds_rows,
+    is_finished,
+    journal_entry,
+    write_shard,
+)
 from mimscale.data.build.source import ScanTask, Source
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
@@ -187,11 +194,27 @@ def build(
         return join(out, layout, val is not None or val_share > 0, views)
 
 
+def _journaled(work: Path, task: ShardTask) -> Written:
+    """What the journal says of a shard that is written.
+
+    Raises:
+        ShardError: it says nothing that can be used: somebody else has changed it.
+    """
+    entry, table = journal_entry(work, task.file), work / "journal" / f"{task.file}.npy"
+    try:
+        whole = holds_rows(table, task.stop - task.start)
+    except OSError:
+        whole = False
+    if entry is None or not whole:
+        raise ShardError(f"{work}: the journal's entry of {task.file} is damaged; run the same build again")
+    return entry
+
+
 def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | None) -> Index:
     """Make a folder of whose layout every shard is written a finished build."""
     work = out / WORK_FOLDER
     tasks = layout.tasks(out)
-    entries = [json.loads((work / "journal" / f"{task.file}.json").read_bytes()) for task in tasks]
+    entries = [_journaled(work, task) for task in tasks]
     options, percents = layout.options, layout.percents
     key_bytes, table_sha256 = _join_tables(tasks, out, work)
     index = Index(
@@ -199,7 +222,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
         seed=options.seed,
         classes=layout.classes,
         shards=[
-            Shard(task.file, task.split, task.stratum, task.stop - task.start, entry["bytes"], entry["sha256"])
+            Shard(task.file, task.split, task.stratum, task.stop - task.start, entry.bytes, entry.sha256)
             for task, entry in zip(tasks, entries, strict=True)
         ],
         fractions={
@@ -214,7 +237,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
         resize_shorter=options.resize_shorter,
         store=options.store,
         rejected=len(layout.rejected),
-        rewritten=sum(entry["rewritten"] for entry in entries),
+        rewritten=sum(entry.rewritten for entry in entries),
     )
     if layout.rejected:
         lines = "".join(f"{printable(where, 8192)}\t{printable(why)}\n" for where, why in layout.rejected)

@@ -12,6 +12,7 @@ from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards.format import file_sha256
 from mimscale.data.shards.index import ShardIndex
 from mimscale.data.shards.tar import BLOCK, TarError, parse_header
+from mimscale.wording import escaped
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def verify(
         index.check_table()
     except ShardError as error:
         # Without its table nothing in a shard can be named but the shard itself.
-        return [str(error), *_damaged_shards(index)]
+        return [str(error), *map(escaped, _damaged_shards(index))]
     problems: list[str] = []
     tasks, start = [], 0
     for number, shard in enumerate(index.shards):
         tasks.append(_Check(root, number, start, start + shard.samples))
         start += shard.samples
     for done, found in enumerate(pool.run(_check_shard, tasks, workers)):
-        problems += found
+        problems += map(escaped, found)
         report("verifying shards", done + 1, len(tasks))
     return problems
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.models.encoder import Part
+from mimscale.wording import Escaped
 
 
-class ExportError(ValueError):
+class ExportError(Escaped, ValueError):
     """A model that the wanted format cannot hold, or a place that cannot be written; the message says which."""
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mimscale.models.weights.safetensors_header import read_header
 from mimscale.models.weights.torch_file import read_torch
-from mimscale.wording import counted, printable
+from mimscale.wording import Escaped, counted, printable
 
 # Tables that follow from sizes alone; the released code stored them beside the weights.
 _TABLES = ("relative_coords_table", "relative_position_index", "attn_mask")
@@ -23,7 +23,7 @@ LISTED = 10
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(Escaped, ValueError):
     """A checkpoint does not fit the model; the message lists the names that do not, ten of them at most."""
 
 

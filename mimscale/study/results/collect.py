@@ -63,7 +63,7 @@ def result_of(job: Job, jobs: dict[str, Job], folder: StudyFolder, with_curve: b
         run=str(folder.run(job).path) if there else None,
         recipe=job.digest,
         status=_status(found, record, there),
-        note=record.note or record.verdict,
+        note="; ".join(filter(None, (record.note or record.verdict, folder.recipe_damage(job)))),
         **about,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from mimscale.files import read_json as read_json_file
 from mimscale.files import write_text
-from mimscale.wording import printable
+from mimscale.wording import Escaped, printable
 
 Status = Literal["done", "missing", "failed", "running", "stopped"]
 Kind = Literal["pretrain", "finetune"]
@@ -38,7 +38,7 @@ def score_name(score: Score) -> str:
     return SCORE_NAMES.get(score) or f"{task} {_METRICS.get(metric, metric)}"
 
 
-class ResultsError(Exception):
+class ResultsError(Escaped):
     """Results that contradict each other or cannot be read."""
 
 

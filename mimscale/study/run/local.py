@@ -164,6 +164,13 @@ class LocalRun:
         start = self.jobs[job.start.job].digest if job.start else ""
         log = self.folder.log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(open_to_append(log))
+        except OSError as error:  # a link in its place, say: the other jobs can run
+            record.state, record.note = "failed", f"its log cannot be written: {printable(error, 1000)}"
+            self._say(f"{job.id} failed: {record.note}")
+            self.folder.write(job, record)
+            return
         given = Start(
             job.recipe_file,
             str(job.resources.deepspeed),

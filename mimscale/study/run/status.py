@@ -52,7 +52,11 @@ def status_text(study: Study, jobs: dict[str, Job]) -> str:
             if os.path.lexists(folder.run(job).recipe):
                 seen = status(folder.run(job).path)
                 step, figures = f"{seen.step:,}/{job.recipe.train.iterations:,}", seen.figures
-                notes += seen.damage or ([] if notes[0] else [seen.health])
+                damage = [
+                    folder.recipe_damage(job),
+                    *(text for text in seen.damage if str(folder.run(job).recipe) not in text),
+                ]
+                notes += damage if any(damage) else [] if notes[0] else [seen.health]
             note = "; ".join(printable(text, 1000) for text in notes if text)
         states[state] += 1
         rows.append((job.id, state, step, figures, note))

@@ -152,6 +152,7 @@ def launch(
 
     from mimscale.data import ShardError
     from mimscale.training.errors import CheckpointError, RankLocalError, TrainingError
+    from mimscale.training.faults.lock import RunInUseError
     from mimscale.training.faults.watchdog import lost_rank, note_end
 
     def end(error: BaseException, everywhere: bool, state: str = "failed", status: int = 1) -> NoReturn:
@@ -161,7 +162,7 @@ def launch(
 
     try:
         trainer()(recipe, ds_config, start.output)
-    except (RecipeError, DeepSpeedConfigError, ShardError) as error:
+    except (RecipeError, DeepSpeedConfigError, ShardError, RunInUseError) as error:
         fail(error, everywhere=True)  # nothing has begun
     except (CheckpointError, TrainingError) as error:
         end(error, everywhere=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mimscale.data import ShardError
 from mimscale.data.decode import MAX_PIXELS
-from mimscale.files import UnfitFile, parse_json, read_bytes
+from mimscale.files import UnfitFile, parse_json, read_json_bytes
 from mimscale.wording import counted, printable
 
 # COCO's own largest file has 450 MB, and LVIS's 1.2 GB.
@@ -36,7 +36,7 @@ def read_content(file: Path) -> dict[str, Any]:
     """
     where = printable(file)
     try:
-        content = parse_json(read_bytes(file, LARGEST_FILE))
+        content = parse_json(read_json_bytes(file, LARGEST_FILE))
     except UnfitFile as error:
         raise ShardError(str(error)) from None
     except OSError as error:
