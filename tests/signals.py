@@ -121,13 +121,14 @@ class Bench:
         own = re.search(r"Traceback(?:(?!Traceback).)*?/mimscale/(?:(?!Traceback).)*", text, re.DOTALL)
         return Seen(status, said[-1].removeprefix("mimscale: ") if said else "", seconds, left, own is not None)
 
-    def resumed(self, run: Path) -> bool:
-        """Start a run again, with ranks of this process's own, and see whether it comes to its end."""
+    def resumed(self, run: Path) -> str:
+        """Start a run again, with ranks of this process's own; what is wrong with its end."""
         start = Start(run, self.config, self.settings, 5, self.shards, random.Random(0), None)
         start.begin()
         try:
             start.ended_by_itself(0, 1, within=PATIENCE)
-            return all(rank.exitcode == 0 for rank in start.processes)
+            statuses = [rank.exitcode for rank in start.processes]
+            return f"ranks ended with {statuses}" if any(statuses) else ""
         finally:
             start.end()
 
@@ -210,15 +211,18 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(place)
         config = write_config(folder, zero_optimization={"stage": 2})
         bench = Bench(folder, config, asked.shards or make_shards(folder), slurm)
-        assert bench.resumed(folder / "undisturbed")
+        if wrong := bench.resumed(folder / "undisturbed"):
+            raise RuntimeError(f"undisturbed, {wrong}")
         undisturbed = losses(folder / "undisturbed"), records(folder / "undisturbed", "val_loss")
         print("| launcher | phase | signal | rc | last message | s | left | resumed, same losses |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for number, (name, phase, sig, times) in enumerate(cells):
             run = folder / f"run{number}"
             seen = bench.signalled(name, run, signal.Signals[f"SIG{sig}"], times, asked.gap, phase)
-            same = bench.resumed(run) and (losses(run), records(run, "val_loss")) == undisturbed
-            wrong = seen.left or seen.traceback or not same or seen.status == 0
+            problem = bench.resumed(run)
+            if not problem and (losses(run), records(run, "val_loss")) != undisturbed:
+                problem = "other losses"
+            wrong = seen.left or seen.traceback or problem or seen.status == 0
             bad += bool(wrong)
             message = seen.message.replace(str(folder), "").replace("|", "/")[:110] + (
                 " TRACEBACK" if seen.traceback else ""
@@ -232,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{seen.seconds:.1f}",
                 seen.left,
             )
-            print("|", " | ".join(map(str, row)), "|", "yes |" if same else "NO |", flush=True)
+            print("|", " | ".join(map(str, row)), "|", f"NO: {problem} |" if problem else "yes |", flush=True)
     print(f"\n{len(cells)} starts, {bad} not as they should be")
     return 1 if bad else 0
 
