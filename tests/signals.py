@@ -1,260 +1,240 @@
-"""How a run on two ranks ends when a signal comes: under each launcher, at each phase, once and twice.
+"""Signal a training of two ranks under every launcher and in every phase, look at how it ends, and resume it.
 
     python tests/signals.py
-    python tests/signals.py --launchers ranks torchrun --signals INT --phases save
+    python tests/signals.py --launcher deepspeed torchrun --signal INT --times 2 --phase save
 
-Each cell starts a small run, waits for the phase, sends the signal (INT and HUP to the launcher's whole process group, as a
-terminal does; TERM to the launcher alone, as ``kill`` does) and reports: the exit status, the last message, the seconds to the
-end, the processes that are left 15 s later, and whether every checkpoint is whole. Status 1 where a process is left, a checkpoint
-is torn, a traceback is shown, the status is 0, or a start that follows does not resume. ``srun`` needs Debian's slurm-wlm and
-munge, and root.
+SIGINT and SIGHUP reach the launcher's process group, as from a terminal; SIGTERM the launcher alone, as from ``kill``. After the
+end of the launcher every process that it has left is counted for 15 seconds. Then the run is started again, and has to arrive
+with the losses of one that nobody has signalled, digit for digit. Status 1 when a cell of the table is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import os
+import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+# Runs from a clone, too.
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import slurm_cluster  # noqa: E402
-from fault_kinds import whole_steps  # noqa: E402
+from fault_kinds import Start  # noqa: E402
 from faults import make_shards  # noqa: E402
-from training_runs import ENVIRONMENT, ROOT, TINY, launcher, write_config  # noqa: E402
+from training_runs import ENVIRONMENT, ROOT, TINY, launcher, losses, records, write_config  # noqa: E402
 
-from mimscale.training.faults.watchdog import read_heartbeats  # noqa: E402
-from mimscale.training.run_folder import saved_steps  # noqa: E402
-
-MARK = "SIGNALS_OF_RUN"
 LAUNCHERS = ("ranks", "deepspeed", "torchrun", "srun")
-SIGNALS = ("INT", "TERM", "HUP")
 PHASES = ("start", "step", "save", "validation")
-SETTINGS = ["train.iterations=2000", "train.checkpoint_every=3", "train.validate_every=4", "train.reconstructions=0"]
-PATIENCE = 120.0
+SETTINGS = [
+    *TINY,
+    "train.iterations=24",
+    "train.checkpoint_every=5",
+    "train.keep_checkpoints=2",
+    "train.validate_every=8",
+    "train.reconstructions=0",
+    "data.workers=1",
+    "data.validation_images=200",
+]
+MARK = "MIMSCALE_SIGNALS_TEST"
 LEFT_SECONDS = 15.0
-GAP_SECONDS = 1.5  # from the first signal to the second; a launcher passes one on within less
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One way to be ended."""
+class Seen:
+    """How one start has ended."""
 
-    launcher: str
-    signal: str
-    phase: str
-    times: int
-
-
-@dataclass(frozen=True)
-class End:
-    """How it ended: ``problems`` is empty where it was as it should be."""
-
-    status: int | None
+    status: int
     message: str
     seconds: float
     left: int
-    problems: list[str]
+    traceback: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
-    """What all cells share."""
+    """Where trainings are started, and with what."""
 
     folder: Path
-    shards: Path
     config: Path
-    cluster: slurm_cluster.SlurmCluster | None
+    shards: Path
+    slurm: dict[str, str] | None
 
-    def command(self, name: str, run: Path, *overrides: str) -> list[str]:
-        """What a user types to start two ranks."""
-        script = launcher(run, self.config, *TINY, *SETTINGS, f"data.shards={self.shards}", *overrides)
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = str(server.getsockname()[1])
-        here = str(Path(sys.executable).parent)
-        if name == "ranks":
-            return [sys.executable, "-m", "mimscale", "pretrain", "--ranks", "2", *script[1:]]
-        if name == "deepspeed":
-            return [f"{here}/deepspeed", "--num_accelerators", "2", "--master_port", port, *script]
-        if name == "torchrun":
-            return [f"{here}/torchrun", "--standalone", "--nproc_per_node", "2", *script]
-        return ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", sys.executable, *script]
+    @property
+    def settings(self) -> list[str]:
+        """Overrides of every start."""
+        return [*SETTINGS, f"data.shards={self.shards}"]
 
-    def start(self, name: str, run: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
-        """Start it, its output in ``log``."""
-        slurm = self.cluster.environment if self.cluster is not None and name == "srun" else {}
-        environment = {**ENVIRONMENT, **slurm, MARK: str(run), "MASTER_ADDR": "127.0.0.1"}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    def command(self, name: str, run: Path) -> list[str]:
+        """What starts a run under a launcher."""
+        program = launcher(run, self.config, *self.settings)
+        port = str(20000 + random.randrange(12000))
+        return {
+            "ranks": [sys.executable, *program, "--ranks", "2"],
+            "deepspeed": [_beside("deepspeed"), "--num_accelerators", "2", "--master_port", port, *program],
+            "torchrun": [_beside("torchrun"), "--master-port", port, "--nproc-per-node=2", *program],
+            # Without the option, srun answers the first SIGINT itself and tells its tasks nothing.
+            "srun": ["srun", "--disable-status", "--nodes=2", "--ntasks-per-node=1", sys.executable, *program],
+        }[name]
+
+    def signalled(self, name: str, run: Path, number: int, times: int, gap: float, phase: str) -> Seen:
+        """Start a run, signal it in a phase, and see how it ends."""
+        mark = uuid.uuid4().hex
+        environment = ENVIRONMENT | (self.slurm or {}) | {MARK: mark}
+        log = run.with_suffix(".log")
         with log.open("wb") as out:
-            return subprocess.Popen(
-                self.command(name, run, *overrides),
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                preexec_fn=_hear_all,
+            process = subprocess.Popen(
+                self.command(name, run), cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
             )
+        try:
+            _wait(lambda: _is_in(phase, run, mark), process, log)
+            began = time.monotonic()
+            for again in range(times):
+                if again:
+                    time.sleep(gap)
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
+            status = process.wait(PATIENCE)
+            seconds = time.monotonic() - began
+            ended = time.monotonic()
+            while _marked(mark) and time.monotonic() - ended < LEFT_SECONDS:
+                time.sleep(0.05)
+            left = len(_marked(mark))
+        finally:
+            for pid in _marked(mark):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+        text = log.read_text(errors="replace")
+        said = [line for line in text.splitlines() if line.startswith("mimscale: ")]
+        own = re.search(r"Traceback(?:(?!Traceback).)*?/mimscale/(?:(?!Traceback).)*", text, re.DOTALL)
+        return Seen(status, said[-1].removeprefix("mimscale: ") if said else "", seconds, left, own is not None)
+
+    def resumed(self, run: Path) -> bool:
+        """Start a run again, with ranks of this process's own, and see whether it comes to its end."""
+        start = Start(run, self.config, self.settings, 5, self.shards, random.Random(0), None)
+        start.begin()
+        try:
+            start.ended_by_itself(0, 1, within=PATIENCE)
+            return all(rank.exitcode == 0 for rank in start.processes)
+        finally:
+            start.end()
 
 
-def _hear_all() -> None:
-    # As at a terminal: a shell's background job would ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def _beside(program: str) -> str:
+    return str(Path(sys.executable).with_name(program))
 
 
-def processes_of(run: Path) -> list[int]:
-    """Processes that were started for a run, Slurm's own aside."""
-    mark, found = f"{MARK}={run}".encode(), []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (path / "environ").read_bytes().split(b"\0") and not (path / "comm").read_text().startswith(
-                "slurm"
-            ):
-                found.append(int(path.name))
-    return found
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    """Wait for it; ``False`` when the run ended before."""
+def _wait(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            return False
+            raise RuntimeError(f"the phase did not come:\n{log.read_text(errors='replace')[-3000:]}")
         time.sleep(0.002)
-    return True
 
 
-def reached(phase: str, run: Path, process: subprocess.Popen[bytes]) -> bool:
-    """Wait for a phase of a run."""
-    if phase == "start":
-        time.sleep(3)
-        return process.poll() is None
-    if phase == "step":
-        return wait_until(lambda: bool(saved_steps(run)), process)
-    wanted = {"save": "save", "validation": "validate"}[phase]
-    if not wait_until(lambda: bool(saved_steps(run)), process):
-        return False
-    if phase == "save":
-        return wait_until(lambda: any((run / "checkpoints").glob(".saving_*")), process)
-    return wait_until(lambda: any(beat.phase == wanted for beat in read_heartbeats(run / "heartbeat")), process)
-
-
-def send(process: subprocess.Popen[bytes], name: str) -> None:
-    """As a terminal (INT, HUP) or ``kill`` (TERM) sends it."""
-    number = signal.Signals[f"SIG{name}"]
-    with contextlib.suppress(ProcessLookupError):
-        if name == "TERM":
-            process.send_signal(number)
-        else:
-            os.killpg(process.pid, number)
-
-
-def end(bench: Bench, cell: Cell, number: int) -> End:
-    """Run one cell."""
-    run, log = bench.folder / f"run{number}", bench.folder / f"run{number}.log"
-    process = bench.start(cell.launcher, run, log)
-    problems: list[str] = []
-    try:
-        if not reached(cell.phase, run, process):
-            problems.append(f"it never came to {cell.phase}")
-        began = time.monotonic()
-        send(process, cell.signal)
-        if cell.times == 2:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GAP_SECONDS)
-            send(process, cell.signal)
+def _marked(mark: str, ranks: bool = False) -> list[int]:
+    """Processes of one start: what stands in their environment tells them; ``ranks``: those that hear signals."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            status = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            status = None
-            problems.append(f"it still runs {PATIENCE:.0f} s later")
-        seconds = time.monotonic() - began
-        while (left := processes_of(run)) and time.monotonic() - began < seconds + LEFT_SECONDS:
-            time.sleep(0.2)
-    finally:
-        for pid in processes_of(run):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
-    output = log.read_text(errors="replace")
-    # Python's own of a launcher that is not ours, under a signal, are no concern of the run.
-    if re.search(r'^  File ".*/mimscale/', output, re.MULTILINE):
-        problems.append("a traceback of mimscale is shown")
-    if left:
-        problems.append(f"{len(left)} processes are left")
-    if status == 0:
-        problems.append("its status is 0")
-    if saved_steps(run) != whole_steps(run):
-        problems.append(f"of {saved_steps(run)} only {whole_steps(run)} are whole")
-    problems += resumes(bench, cell, run, log.with_suffix(".again"))
-    said = [line for line in output.splitlines() if line.startswith(("mimscale: ", "0: mimscale: "))]
-    return End(status, said[-1].replace(str(run), "RUN") if said else "", seconds, len(left), problems)
+            environment = (path / "environ").read_bytes().split(b"\0")
+            state = dict(line.split(":", 1) for line in (path / "status").read_text().splitlines())
+        except OSError:
+            continue
+        if f"{MARK}={mark}".encode() not in environment or state["State"].split()[0] in "ZX":
+            continue
+        is_rank = any(one.startswith((b"RANK=", b"SLURM_PROCID=")) for one in environment)
+        hears = int(state["SigCgt"], 16) >> (signal.SIGUSR1 - 1) & 1
+        if not ranks or (is_rank and hears):
+            found.append(int(path.name))
+    return found
 
 
-def resumes(bench: Bench, cell: Cell, run: Path, log: Path) -> list[str]:
-    """Whether the next start goes on from the newest checkpoint; what is wrong where it does not."""
-    saved = saved_steps(run)
-    process = bench.start("ranks", run, log)
-    wanted = f"resuming from {run / 'checkpoints'}/step_{saved[-1]:08d}" if saved else "ZeRO stage"
-    came = wait_until(lambda: wanted in log.read_text(errors="replace"), process)
-    for pid in [process.pid, *processes_of(run)]:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    return [] if came else [f"the next start did not say '{wanted}': {log.read_text(errors='replace')[-300:]}"]
+def _is_in(phase: str, run: Path, mark: str) -> bool:
+    if phase == "start":
+        return len(_marked(mark, ranks=True)) >= 2
+    if phase == "save":
+        return any((run / "checkpoints").glob(".saving_*"))
+    lines = records(run, "loss") if (run / "metrics.jsonl").exists() else []
+    step = lines[-1]["step"] if lines else 0
+    if phase == "step":
+        return step >= 3
+    return step == 8 and not records(run, "val_loss")
+
+
+@contextmanager
+def _slurm(wanted: bool) -> Iterator[dict[str, str] | None]:
+    if not wanted:
+        yield None
+        return
+    with slurm_cluster.slurm_cluster() as cluster:
+        yield {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cells and print them as a table; status 1 when one was not as it should be."""
+    """Print the table; status 1 when a start ended badly, left something behind, or could not be resumed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
-    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--signal", nargs="+", choices=("INT", "TERM", "HUP"), default=["INT", "TERM", "HUP"])
     parser.add_argument("--times", nargs="+", type=int, choices=(1, 2), default=[1, 2])
+    parser.add_argument("--gap", type=float, default=0.3, help="seconds between two signals")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--shards", type=Path, help="built before; by default made of photographs")
     asked = parser.parse_args(argv)
     os.chdir(ROOT)
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="signals_") as name, contextlib.ExitStack() as stack:
-        folder, cluster = Path(name), None
-        if "srun" in asked.launchers:
-            if reason := slurm_cluster.missing():
-                print(f"srun is left out: it {reason}")
-                asked.launchers.remove("srun")
-            else:
-                cluster = stack.enter_context(slurm_cluster.slurm_cluster())
-        shards = asked.shards.resolve() if asked.shards else make_shards(folder)
-        bench = Bench(folder, shards, write_config(folder, zero_optimization={"stage": 2}), cluster)
-        print("| launcher | signal | phase | status | seconds | processes left | last message |\n" + "| --- " * 7 + "|")
-        cells = itertools.product(asked.launchers, asked.signals, asked.phases, asked.times)
-        for number, cell in enumerate(itertools.starmap(Cell, cells)):
-            found = end(bench, cell, number)
-            twice = " twice" if cell.times == 2 else ""
-            print(
-                f"| {cell.launcher} | {cell.signal}{twice} | {cell.phase} | {found.status} | {found.seconds:.1f} "
-                f"| {found.left} | {found.message} |",
-                flush=True,
+    names = list(asked.launcher)
+    if "srun" in names and (missing := slurm_cluster.missing()):
+        print(f"srun is left out: {missing}")
+        names.remove("srun")
+    cells = [
+        (name, phase, sig, times)
+        for name in names
+        for phase in asked.phase
+        for sig in asked.signal
+        for times in asked.times
+    ]
+    bad = 0
+    with tempfile.TemporaryDirectory(prefix="signals_") as place, _slurm("srun" in names) as slurm:
+        folder = Path(place)
+        config = write_config(folder, zero_optimization={"stage": 2})
+        bench = Bench(folder, config, asked.shards or make_shards(folder), slurm)
+        assert bench.resumed(folder / "undisturbed")
+        undisturbed = losses(folder / "undisturbed"), records(folder / "undisturbed", "val_loss")
+        print("| launcher | phase | signal | rc | last message | s | left | resumed, same losses |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        for number, (name, phase, sig, times) in enumerate(cells):
+            run = folder / f"run{number}"
+            seen = bench.signalled(name, run, signal.Signals[f"SIG{sig}"], times, asked.gap, phase)
+            same = bench.resumed(run) and (losses(run), records(run, "val_loss")) == undisturbed
+            wrong = seen.left or seen.traceback or not same or seen.status == 0
+            bad += bool(wrong)
+            message = seen.message.replace(str(folder), "").replace("|", "/")[:110] + (
+                " TRACEBACK" if seen.traceback else ""
             )
-            for problem in found.problems:
-                failed += 1
-                print(f"{cell}: {problem}", file=sys.stderr, flush=True)
-    print(f"\n{failed} of the cells' ends were not as they should be" if failed else "\nall ended as they should")
-    return 1 if failed else 0
+            row = (
+                name,
+                phase,
+                sig if times == 1 else f"{sig} {sig}",
+                seen.status,
+                message,
+                f"{seen.seconds:.1f}",
+                seen.left,
+            )
+            print("|", " | ".join(map(str, row)), "|", "yes |" if same else "NO |", flush=True)
+    print(f"\n{len(cells)} starts, {bad} not as they should be")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

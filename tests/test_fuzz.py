@@ -6,13 +6,6 @@ import sys
 import pytest
 from training_runs import ENVIRONMENT, ROOT
 
-# Those that need no more than a second or two.
-KINDS = [
-    *("recipe", "overrides", "finetuning-recipe", "study", "ds-config", "model", "image", "index", "index-renewed"),
-    *("samples-renewed", "shard-renewed", "image-folder", "source-tar", "webdataset", "annotated-json", "labels"),
-    *("meta.mat", "torch-zip", "torch-legacy", "safetensors", "results.json", "coco", "label-pictures"),
-    *("plan-memory", "bench"),
-]
 PLANTED = """
 import sys, os
 sys.path.insert(0, "tests")
@@ -79,6 +72,6 @@ def test_a_sound_reader_has_no_fault(planted):
 
 
 def test_some_inputs_of_every_kind_are_read_or_refused():
-    command = [sys.executable, "tests/fuzz.py", "--rounds", "6", "--seed", "100", "--kind", *KINDS]
+    command = [sys.executable, "tests/fuzz.py", "--rounds", "3", "--seed", "100"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
