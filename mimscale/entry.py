@@ -54,7 +54,7 @@ def enter(program: Callable[[], int | None]) -> int:
     except OutputClosed:
         os._exit(CLOSED_EXIT)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename in _NAMES:
+        if isinstance(error, OSError) and error.filename in _NAMES.values():
             os.write(2, f"mimscale: error: {error.filename}: {error.strerror}\n".encode())
             os._exit(1)  # what could not be printed would be tried again
         _ask_to_report()
