@@ -76,7 +76,7 @@ def _spoilt_run(case: Case, name: str) -> Path:
     return run
 
 
-@kind("evaluate", Ended, needs=("tuned",), share=0.1)
+@kind("evaluate", Ended, needs=("tuned",), share=0.1, starts=True)
 def evaluate(case: Case) -> Reader:
     """``mimscale evaluate``."""
     run, rng = _spoilt_run(case, "tuned"), case.rng

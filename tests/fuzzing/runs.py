@@ -40,7 +40,7 @@ def figures_mutated(data: bytes, rng: random.Random) -> bytes:
         at = rng.randrange(len(lines))
         try:
             lines[at] = json_text(tree_mutated(json.loads(lines[at]), rng, 2), rng).replace(b"\n", b" ")
-        except ValueError:
+        except (ValueError, RecursionError):
             lines[at] = json_text(odd_value(rng), rng)
     return b"\n".join(lines) + b"\n"
 
