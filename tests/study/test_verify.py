@@ -114,9 +114,11 @@ def test_what_cannot_be_verified_is_said_in_a_line(released, weights, solar_shar
         ([text, "--shards", solar_shards], "notes.pth"),
         ([released(), "--shards", photo_shards], "has no split 'val'"),
         ([released(), "--shards", tmp_path / "nowhere"], "nowhere"),
-        ([released(), "--shards", solar_shards, "--images", 0], "--images must be at least 1"),
     ]
     for arguments, says in cases:
         assert main(["verify-checkpoint", *map(str, arguments)]) == 1, arguments
         said = capsys.readouterr()
         assert says in said.err and said.err.startswith("mimscale: error:") and said.out == "", said.err
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify-checkpoint", str(released()), "--shards", str(solar_shards), "--images", "0"])
+    assert "argument --images: '0' is not a number of at least 1" in capsys.readouterr().err

@@ -100,8 +100,10 @@ def _raw(value: Value) -> str | float:
 
 
 def _reads_as_number(text: str) -> bool:
+    """Whether it is a number, a per cent, a range of numbers or a dash."""
     try:
-        float(text.rstrip("%"))
+        for part in text.split(" to ", 1):
+            float(part.rstrip("%"))
     except ValueError:
         return text == "-"
     return True
