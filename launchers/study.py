@@ -9,12 +9,12 @@ import sys
 from mimscale.entry import enter
 
 
-def program() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command, which is imported when an interrupt of its imports would end well."""
-    from mimscale.commands.study import main
+    from mimscale.commands.study import main as study
 
-    return main(program="study.py")
+    return study(argv, program="study.py")
 
 
 if __name__ == "__main__":
-    sys.exit(enter(program))
+    sys.exit(enter(main))

@@ -8,12 +8,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from mimscale.entry import enter
 
 
-def program() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command, which is imported when an interrupt of its imports would end well."""
-    from mimscale.commands.shards import main
+    from mimscale.commands.shards import main as shards
 
-    return main(program="build.py")
+    return shards(argv, program="build.py")
 
 
 if __name__ == "__main__":
-    sys.exit(enter(program))
+    sys.exit(enter(main))
