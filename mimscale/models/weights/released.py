@@ -18,7 +18,7 @@ from mimscale.wording import Escaped, counted, printable
 _TABLES = ("relative_coords_table", "relative_position_index", "attn_mask")
 
 # Of what does not fit, so many are listed.
-LISTED = 10
+LISTED = 40
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
