@@ -81,12 +81,13 @@ def listen(record: Callable[[str], None] | None = None) -> None:
     if _listening:
         return
     _listening = True
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _note)
     ear, _mouth = socket.socketpair()
     _mouth.setblocking(False)
     signal.set_wakeup_fd(_mouth.fileno(), warn_on_full_buffer=False)
+    # Only now, or one that came in between would be heard by nobody.
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
     # What is forked hears for itself, and not into this process's ear.
     os.register_at_fork(after_in_child=_forget)
     when_output_closes(lambda: _ask(OUTPUT))
