@@ -76,6 +76,7 @@ def test_what_is_missing_is_left_out_and_named(listed, capsys):
         ({"images": [{"id": 1, "file_name": "../secret.png"}]}, "images outside its folder: ../secret.png"),
         ({"images": [{"id": 100, "file_name": "a.png"}]}, "images with the same id: 100"),
         ({"categories": [{"id": 10, "name": "again"}]}, "categories with the same id: 10"),
+        ({"categories": [{"id": 999, "name": "half \ud800"}]}, "half \\ud800 of a category has half a character"),
         ({"annotations": [{"image_id": 100}]}, "no list 'annotations' of objects with image_id and category_id"),
     ],
 )

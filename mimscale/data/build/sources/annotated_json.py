@@ -75,7 +75,10 @@ class AnnotatedJson(Source):
         ids = [category["id"] for category in categories]
         if twice := [str(i) for i, count in Counter(ids).items() if count > 1]:
             raise _fail(path, "categories with the same id", twice)
-        self._names = _distinct([str(category.get("name", category["id"])) for category in categories], ids)
+        names = [str(category.get("name", category["id"])) for category in categories]
+        if halves := [name for name in names if not _is_text(name)]:
+            raise ShardError(f"{path}: the name {printable(halves[0], 80)} of a category has half a character; mend it")
+        self._names = _distinct(names, ids)
         files = {image["id"]: image["file_name"] for image in content["images"]}
         if len(files) < len(content["images"]):
             counted = Counter(image["id"] for image in content["images"])
@@ -140,6 +143,14 @@ def _distinct(names: list[str], ids: list[Any]) -> list[str]:
     """Names of categories, with the id where two have the same one."""
     counted = Counter(names)
     return [name if counted[name] == 1 else f"{name} {i}" for name, i in zip(names, ids, strict=True)]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_path(name: object) -> bool:
