@@ -266,7 +266,7 @@ def begin(run: Path, step: int) -> Path:
     failure: str | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            _discard(beside)
             beside.mkdir(parents=True)
         except OSError as error:
             failure = str(error)
@@ -340,15 +340,17 @@ class Retention:
     def __init__(self, run: Path, keep: int, pinned: Iterable[int] = ()):
         self.run, self.keep, self.pinned = run, keep, frozenset(pinned)
         self._whole: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._newly: int | None = None
 
     def just_written(self, step: int, files: Iterable[str]) -> None:
         """Count the checkpoint of ``step``, of ``files``, as whole: their SHA-256 was taken as they were written."""
         self._whole[step] = self._signature(step, files)
+        self._newly = step
 
     def apply(self) -> list[str]:
         """Remove the whole checkpoints that need not stay, and set damaged ones aside. For one rank to call.
 
-        The newest whole one stays always. Older ones than those that stay are removed unread.
+        The newest whole one and the one just written stay always. Older ones than those that stay are removed unread.
 
         Returns:
             What was wrong with those set aside, a line each.
@@ -362,13 +364,14 @@ class Retention:
         counted = 0
         for step in reversed(saved_steps(self.run)):
             enough = counted >= self.keep and len(stay) >= 2
-            if enough and step not in self.pinned:
+            held = step in self.pinned or step == self._newly
+            if enough and not held:
                 old.append(step)
                 continue
             if problems := self._problems(step):
                 lines.append(self._set_aside(step, problems))
                 continue
-            if counted < self.keep or step in self.pinned:
+            if counted < self.keep or held:
                 stay.add(step)
                 counted += 1
             else:

@@ -1,4 +1,4 @@
-"""What is odd about the data is said when a training starts, and nothing is drawn of what is not there."""
+"""What is odd about the data is reported when a training starts, and nothing is drawn of what is not there."""
 
 import shutil
 

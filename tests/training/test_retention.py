@@ -57,6 +57,13 @@ def test_damaged_checkpoints_do_not_push_whole_ones_out(run):
     assert saved_steps(run) == [12, 36, 48]
 
 
+def test_the_one_just_written_stays_where_later_ones_were_put_back(run):
+    for step in (20, 24, 28):
+        save(run, step)
+    save(run, 4, Retention(run, keep=2))
+    assert saved_steps(run) == [4, 24, 28]
+
+
 def test_a_checkpoint_damaged_after_it_was_seen_whole_is_seen(run):
     retention = Retention(run, keep=2)
     for step in (1, 2):

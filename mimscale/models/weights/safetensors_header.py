@@ -88,7 +88,7 @@ def read_header(path: str | Path) -> Header:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("duplicate name in its header")
     return found
 
 
