@@ -32,14 +32,14 @@ READERS = {
     "message": lambda case: refusal(""),
     "not-its-own": lambda case: lambda: int("x"),
     "hang": lambda case: lambda: [0 for _ in iter(int, 1)],
-    "memory": lambda case: lambda: bytearray(b"x") * (3 << 29),
+    "memory": lambda case: lambda: bytearray(b"x") * ((1 << 30) + (1 << 28)),
     "write": lambda case: lambda: (case.victim / "file.txt").write_text("mine"),
     "input": lambda case: lambda: (case.given / "more").touch(),
     "start": lambda case: lambda: os.system("true"),
 }
 for name, reader in READERS.items():
     kind(name, ShardError, ValueError)(reader)
-fuzz.SECONDS = 1.0
+fuzz.SECONDS = 4.0
 sys.exit(fuzz.main(["--rounds", "2"], modules=()))
 """
 

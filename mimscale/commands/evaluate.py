@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale evaluate", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale evaluate", description=__doc__, allow_abbrev=False)
     made.add_argument("source", metavar="RUN|FILE", help="fine-tuning run (RUN@STEP for an earlier one), or weights")
     made.add_argument("--shards", help="another shard folder to evaluate on")
     made.add_argument("--recipe", type=Path, help="for a FILE: a fine-tuning recipe that describes its model")

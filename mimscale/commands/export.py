@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale export", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale export", description=__doc__, allow_abbrev=False)
     made.add_argument("run", help="run folder; RUN@STEP for an earlier checkpoint")
     made.add_argument(
         "--to", required=True, metavar="FORMAT", help="safetensors (mimscale's own), timm, huggingface, or released"

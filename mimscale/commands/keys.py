@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.files import write_text
 from mimscale.reference import Reference, as_markdown, as_text, json_schema, json_text
 from mimscale.study.spec import Study
@@ -41,7 +42,7 @@ def documents() -> dict[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale keys", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale keys", description=__doc__, allow_abbrev=False)
     made.add_argument("word", nargs="?", metavar="SECTION|KEY", help="such as train, train.iterations or iterations")
     made.add_argument(
         "--kind", choices=list(references()), help="of which recipes, or of studies (default: the first that has it)"

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import real, whole
 from mimscale.models import encoder_names
 from mimscale.training.planning.throughput import GPU_PEAKS
@@ -16,7 +17,7 @@ NETWORKS = ("1x100", "8x400")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale plan-communication", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale plan-communication", description=__doc__, allow_abbrev=False)
     made.add_argument("--model", nargs="+", choices=encoder_names(), default=["swinv2_b"])
     made.add_argument("--gpus", nargs="+", type=whole(1, 2**20), default=list(GPUS))
     made.add_argument("--gpu", default="H100", choices=sorted(GPU_PEAKS))

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import real, whole
 from mimscale.files import write_text
 from mimscale.models import encoder_names
@@ -86,7 +87,7 @@ def _times(recipe: Recipe, gpus: int, peak: float, mfu: float, price: float | No
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale plan-memory", description=__doc__)
+    made = Parser(prog="mimscale plan-memory", description=__doc__)
     made.add_argument("--model", choices=encoder_names(), help="an encoder with the paper's settings")
     made.add_argument("--recipe", help="a recipe (file or name) instead of --model")
     made.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; by default the first that fits")

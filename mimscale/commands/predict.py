@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.wording import counted, printable
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale predict", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale predict", description=__doc__, allow_abbrev=False)
     made.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     made.add_argument("--run", required=True, metavar="RUN[@STEP]", help="fine-tuning run")
     made.add_argument("--output", type=Path, help="folder for pictures, where the task draws some (default: .)")

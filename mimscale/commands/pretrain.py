@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 from mimscale.training.launch.start import Start, launch_pretraining, start_ranks_here
 
@@ -14,7 +15,7 @@ PURPOSE = "Pre-train an encoder by masked image modelling."
 
 def start_parser(program: str, purpose: str) -> argparse.ArgumentParser:
     """The command line of whatever starts a training."""
-    made = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
+    made = Parser(prog=program, description=purpose, allow_abbrev=False)
     made.add_argument(
         "--deepspeed_config",
         metavar="FILE|NAME",

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 from mimscale.wording import counted, printable
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale probe", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale probe", description=__doc__, allow_abbrev=False)
     made.add_argument("source", metavar="RUN|FILE", help="a run (RUN@STEP for an earlier checkpoint), or weights")
     made.add_argument("--shards", required=True, metavar="OUT", help="labelled shards")
     made.add_argument("--fraction", default="100", help="what to fit on (default: 100)")

@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 from mimscale.wording import counted, printable
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale reconstruct", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale reconstruct", description=__doc__, allow_abbrev=False)
     made.add_argument("run", help="run folder of a pre-training; RUN@STEP for an earlier checkpoint")
     made.add_argument("images", nargs="*", type=Path, help="image files; without any, the run's validation images")
     made.add_argument("--step", type=whole(0), help="which checkpoint (default: the newest)")

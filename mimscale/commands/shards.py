@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mimscale.commands import Parser
 from mimscale.data import pool
 from mimscale.data.build import writer
 from mimscale.data.build.existing_tars import index_tars
@@ -184,9 +185,7 @@ def _share(text: str) -> int:
 
 def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     cores = pool.usable_cores()
 

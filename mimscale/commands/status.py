@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from mimscale.commands import Parser
+
 REFRESH_SECONDS = 5
 
 
@@ -22,7 +24,7 @@ def _runs(paths: list[Path]) -> list[Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale status", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale status", description=__doc__, allow_abbrev=False)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
     made.add_argument("--watch", action="store_true", help=f"look again every {REFRESH_SECONDS} seconds")
     return made

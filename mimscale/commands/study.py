@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import real, whole
 from mimscale.registry import objectives
 from mimscale.wording import printable
@@ -105,7 +106,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 def parser(program: str = "mimscale study") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=program,
         description="A grid of pre-trainings and fine-tunings: planned, run, judged and reported.",
         epilog="\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()),

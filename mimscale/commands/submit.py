@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 from mimscale.resources import LAUNCHERS, RECIPES
 from mimscale.wording import printable
@@ -39,7 +40,7 @@ def check_arguments(job: SlurmJob) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="mimscale submit", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale submit", description=__doc__, allow_abbrev=False)
     made.add_argument(
         "recipe",
         type=Path,

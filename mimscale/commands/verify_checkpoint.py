@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 
 
@@ -19,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     from mimscale.study.results.published import DATASETS
 
-    made = argparse.ArgumentParser(prog="mimscale verify-checkpoint", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="mimscale verify-checkpoint", description=__doc__, allow_abbrev=False)
     made.add_argument("file", type=Path, help="weights in the released names (.pth or .safetensors)")
     made.add_argument("--shards", type=Path, required=True, metavar="VAL", help="shards with a split 'val'")
     made.add_argument("--recipe", type=Path, help="model and objective (default: recognised from the weights)")

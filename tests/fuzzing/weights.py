@@ -215,7 +215,7 @@ def torch_zip(case: Case) -> Reader:
             ] = records.pop(other)
         with zipfile.ZipFile(path, "w", rng.choice((0, 0, 0, zipfile.ZIP_DEFLATED))) as archive:
             for name, content in records.items():
-                archive.writestr(name or "?", content)
+                archive.writestr(name if name.strip("\0") and name[0] != "\0" else "?", content)
             if rng.random() < 0.1:
                 archive.writestr("archive/data/99", b"\0" * 50_000_000 if archive.compression else b"x")
     return lambda: _read_weights(path, rng)

@@ -256,6 +256,8 @@ def work(kind_name: str, seeds: list[int], place: Path, material: Path, say: Con
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + ADDRESS_SPACE,) * 2)
     kind, watch = KINDS[kind_name], Watch(place / "tmp", place / "home/cache")
+    if not kind.starts:
+        os.environ["PATH"] = ""  # nor is there a Slurm that would be waited for
     for seed in seeds:
         say.send(("prepare", seed))
         shutil.rmtree(place / "case", ignore_errors=True)

@@ -107,7 +107,7 @@ def header(change):
         (header({"dtype": "F1024"}), "the type F1024"),
         ({"a\x1b[31m": 1}, r"the header's entry of a\\x1b\[31m"),
         ({**header({}), "v": header({})["w"]}, "overlap"),
-        ('{"w": 1, "w": 2}', "twice"),
+        ('{"w": 1, "w": 2}', "duplicate"),
         ("[" * 100_000, "nested too deeply"),
         ('{"__metadata__": {"a": [1]}}', "no strings by name"),
         ("[]", "no JSON object"),

@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from mimscale.commands import Parser
 from mimscale.commands.numbers import whole
 from mimscale.models.sizes import SWIN_SIZES
 from mimscale.wording import printable
@@ -15,7 +16,7 @@ from mimscale.wording import printable
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="mimscale bench", description=__doc__, allow_abbrev=False)
+    top = Parser(prog="mimscale bench", description=__doc__, allow_abbrev=False)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="step|memory|data|communication|save")
     for kind, (add, text) in KINDS.items():
         add(kinds.add_parser(kind, help=text, description=text, allow_abbrev=False))
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         parser().parse_args(argv)  # shows the help or what is wrong, and exits
     kind, *words = argv
     add, text = KINDS[kind]
-    made = argparse.ArgumentParser(prog=f"mimscale bench {kind}", description=text, allow_abbrev=False)
+    made = Parser(prog=f"mimscale bench {kind}", description=text, allow_abbrev=False)
     add(made)
     # With subparsers argparse would not take key=value between options.
     asked = made.parse_intermixed_args(words)
