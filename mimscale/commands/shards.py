@@ -9,8 +9,10 @@ mimscale shards list OUT
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,13 @@ from mimscale.data.shards.format import REJECTED_NAME, View
 from mimscale.data.shards.index import ShardIndex, draw_view_classes
 from mimscale.data.shards.verify import verify
 from mimscale.entry import INTERRUPTED_EXIT
+from mimscale.files import read_text
 from mimscale.registry import RegistryError, load_plugins
 from mimscale.wording import counted, printable
 
 _SHOWN_PROBLEMS = 200
+_SHOWN_REASONS = 6
+_MOST_REJECTED_BYTES = 2**30
 
 
 class Progress:
@@ -125,14 +130,36 @@ def _build(options: argparse.Namespace) -> int:
     _list(options)
     if index.rewritten:
         print(f"rewritten, as neither JPEG nor PNG, or resized: {counted(index.rewritten, 'image')}")
-    if index.rejected:
+    if left_out := _left_out(options.out):
         print(
-            f"{index.rejected} files could not be decoded, or had no class, and were left out: "
-            f"{options.out / REJECTED_NAME} names them"
+            f"{index.rejected} files could not be decoded, or had no class, and {len(left_out) - index.rejected:,} others were "
+            f"left out ({_kinds(left_out)}): {printable(options.out / REJECTED_NAME)} names them"
         )
     if empty := _empty_classes(options.out):
         print(f"{len(empty)} of {len(index.classes)} classes have no training image: {', '.join(empty[:10])}")
+    if index.rejected > index.samples and not options.allow_loss:
+        raise ShardError(
+            f"{printable(options.out)}: only {index.samples:,} of {counted(index.samples + index.rejected, 'image')} could be "
+            "taken; with --allow-loss that is no error"
+        )
     return 0
+
+
+def _left_out(out: Path) -> list[str]:
+    """Why, for each file that a build left out."""
+    try:
+        lines = read_text(out / REJECTED_NAME, _MOST_REJECTED_BYTES).splitlines()
+    except OSError:
+        return []
+    return [line.rpartition("\t")[2] for line in lines]
+
+
+def _kinds(reasons: list[str]) -> str:
+    """The most frequent reasons, with how often each came."""
+    kinds = Counter(re.sub(r"[0-9,]+", "N", why.split(":")[0]) for why in reasons).most_common()
+    shown = [f"{count:,} {why}" for why, count in kinds[:_SHOWN_REASONS]]
+    rest = sum(count for _, count in kinds[_SHOWN_REASONS:])
+    return "; ".join(shown + ([f"{rest:,} for other reasons"] if rest else []))
 
 
 def _empty_classes(out: Path) -> list[str]:
@@ -211,7 +238,10 @@ def parser(program: str = "mimscale shards") -> argparse.ArgumentParser:
         metavar="P%",
         help="hold out P%% of each class of the training images as the split 'val', drawn by the seed",
     )
-    build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a flat tar given as --val")
+    build.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a tar or folder given as --val")
+    build.add_argument(
+        "--allow-loss", action="store_true", help="exit with 0 also where less than half of the images could be taken"
+    )
     build.add_argument("--fraction", help="of a shard folder given as --source: which of its fractions to take")
     build.add_argument(
         "--samples-per-shard", type=_at_least_one, default=1000, help="at most this many in a tar (1000)"

@@ -34,7 +34,7 @@ from mimscale.data.build import writer
 from mimscale.data.build.existing_tars import index_tars
 from mimscale.data.build.source import open_source
 from mimscale.data.build.sources.image_folder import ImageFolder
-from mimscale.data.build.sources.imagenet_archives import read_labels
+from mimscale.data.build.sources.labels import read_labels
 from mimscale.data.errors import DamagedSample
 from mimscale.data.shards.format import Index, table_dtype
 from mimscale.data.shards.verify import verify

@@ -124,12 +124,12 @@ def test_held_out_images_get_the_labels_of_their_file_in_every_form(val_archive,
     labelled = {index.key(s).split("/")[1]: index.classes[index.label(s)] for s in held_out}
     assert labelled == expected
 
-    from mimscale.data.build.sources.imagenet_archives import read_labels
+    from mimscale.data.build.sources.labels import read_labels
 
     names = [f"{name}.JPEG" for name in sorted(expected)]
     pairs = tmp_path / "val.txt"
     pairs.write_text("".join(f"{name} {index.classes.index(expected[name[:-5]])}\n" for name in names))
-    assert read_labels(pairs, names) == {name: index.classes.index(expected[name[:-5]]) for name in names}
+    assert read_labels(pairs, names)[0] == {name: str(index.classes.index(expected[name[:-5]])) for name in names}
     scipy_io = pytest.importorskip("scipy.io")
     # The devkit's numbers are not in the order of the synsets.
     numbers = {synset: 1 + number * 13 % CLASSES for number, synset in enumerate(index.classes)}
@@ -139,7 +139,7 @@ def test_held_out_images_get_the_labels_of_their_file_in_every_form(val_archive,
     scipy_io.savemat(tmp_path / "meta.mat", {"synsets": rows.reshape(-1, 1)})
     truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("".join(f"{numbers[expected[name[:-5]]]}\n" for name in names))
-    assert read_labels(truth, names) == {name: expected[name[:-5]] for name in names}
+    assert read_labels(truth, names)[0] == {name: expected[name[:-5]] for name in names}
     (tmp_path / "meta.mat").unlink()
     with pytest.raises(ShardError, match=r"put the devkit's meta\.mat beside it"):
         read_labels(truth, names)

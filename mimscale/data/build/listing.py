@@ -43,6 +43,8 @@ class Found:
         labels: a class an image, where ``label`` is not the class of all.
         stratum: where the images come from a shard folder, which of its strata; they then keep it, and their order.
         rejected: (where, why) of what looked like an image and is none.
+        aside: (where, why) of everything else that was found and is not taken.
+        identities: (device, inode) by number of the image, of those that have, or could have, a second name.
         broken: why the container could not be read to its end, if so.
     """
 
@@ -56,7 +58,24 @@ class Found:
     labels: list[int] | None = None
     stratum: int = NO_STRATUM
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    aside: list[tuple[str, str]] = field(default_factory=list)
+    identities: dict[int, tuple[int, int]] = field(default_factory=dict)
     broken: str | None = None
+
+    def take_once(self, seen: dict[tuple[int, int], str], why: str) -> None:
+        """Set aside the images whose file ``seen`` knows by another name, and add the others to it."""
+        second = set()
+        for number, identity in self.identities.items():
+            if identity in seen:
+                second.add(number)
+                self.aside.append((f"{self.container}/{self.names[number]}", f"{why}: {seen[identity]}"))
+            else:
+                seen[identity] = f"{self.container}/{self.names[number]}"
+        if second:
+            for column in (self.keys, self.names, self.offsets, self.sizes, self.kinds, self.labels):
+                if column:
+                    column[:] = [value for number, value in enumerate(column) if number not in second]
+        self.identities = {}
 
 
 class Entry(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from mimscale.data.build.shard_writer import (
     write_shard,
 )
 from mimscale.data.build.source import ScanTask, Source
+from mimscale.data.build.tree import IS_SECOND, is_loss
 from mimscale.data.errors import ShardError
 from mimscale.data.shards import fractions
 from mimscale.data.shards.format import (
@@ -44,6 +46,9 @@ from mimscale.data.shards.format import (
 )
 from mimscale.files import open_to_append, write_beside, write_bytes
 from mimscale.wording import counted, printable
+
+# Of a Python object, in somebody else's message: another one in each build.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 Progress = Callable[[str, int, int], None]
 DEFAULTS = Options()
@@ -62,15 +67,17 @@ def scan(
     label_of = {name: label for label, name in enumerate(train.classes)}
     rejected: list[tuple[str, str]] = []
     broken: list[str] = []
+    seen: dict[tuple[int, int], str] = {}
     tasks = train.tasks(label_of, thorough)
     train_tasks, train_rows = len(tasks), 0
     if val is not None:
         tasks = [*tasks, *val.tasks(label_of, thorough)]
     for number, found in enumerate(pool.run(_run_scan, tasks, workers)):
         if number == train_tasks:
-            train_rows = writer.rows
+            train_rows, seen = writer.rows, {}
+        found.take_once(seen, IS_SECOND)
         writer.add(found)
-        rejected += found.rejected
+        rejected += [(where, _ADDRESS.sub("", why)) for where, why in (*found.rejected, *sorted(found.aside))]
         broken += [found.broken] if found.broken else []
         report("listing classes", number + 1, len(tasks))
     if len(tasks) == train_tasks:
@@ -79,8 +86,13 @@ def scan(
     if broken:
         raise ShardError(f"{counted(len(broken), 'archive')} damaged; fetch them again: " + "; ".join(broken[:10]))
     if not train_rows:
-        raise ShardError(f"the source holds no image that can be stored ({len(rejected)} could not be decoded)")
+        raise ShardError(f"the source holds no image that can be stored ({_reasons(rejected)})")
     return listing, train_rows, rejected
+
+
+def _reasons(rejected: list[tuple[str, str]]) -> str:
+    lost = [why for _, why in rejected if is_loss(why)]
+    return f"{len(lost)} could not be decoded, {len(rejected) - len(lost)} were no images"
 
 
 def make_shard(task: ShardTask) -> int:
@@ -236,7 +248,7 @@ def join(out: Path, layout: Layout, with_val: bool, views: dict[str, View] | Non
         samples_per_shard=options.samples_per_shard,
         resize_shorter=options.resize_shorter,
         store=options.store,
-        rejected=len(layout.rejected),
+        rejected=sum(is_loss(why) for _, why in layout.rejected),
         rewritten=sum(entry.rewritten for entry in entries),
     )
     if layout.rejected:

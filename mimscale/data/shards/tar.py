@@ -36,12 +36,14 @@ class Member:
         offset: where its payload starts in the archive, bytes.
         size: length of its payload, bytes.
         is_file: false for folders, links and devices.
+        kind: its type flag: ``1`` a hard link, ``2`` a symbolic one, ``5`` a folder.
     """
 
     name: bytes
     offset: int
     size: int
     is_file: bool
+    kind: bytes = b"0"
 
 
 def padding(size: int) -> int:
@@ -141,6 +143,10 @@ _MAX_NAME_BYTES = 4096
 _MAX_SIZE_DIGITS = 18
 
 
+# First bytes of what compresses whole tars: a range of bytes of it is no image.
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 def _shown(name: bytes) -> str:
     return f"'{printable(name.decode('utf-8', 'backslashreplace'), 100)}'"
 
@@ -172,6 +178,10 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
             if b"size" in pax:
                 size = _pax_size(pax[b"size"])
         except TarError as error:
+            if position == start and (tool := next((t for m, t in _PACKED.items() if block.startswith(m)), "")):
+                raise TarError(
+                    f"{what}: is packed ({tool}), whatever its name; unpack it with {tool} -d first"
+                ) from None
             raise TarError(f"{what}: {error} at byte {position}, after {last}") from None
         payload = position + BLOCK
         if payload + size > end:
@@ -195,7 +205,7 @@ def walk(file: BinaryIO | int, start: int, end: int, what: str) -> Iterator[Memb
                 raise TarError(
                     f"{what}: a name of {len(name):,} bytes at byte {position}; {_MAX_NAME_BYTES:,} are the most that is read"
                 )
-            yield Member(name, payload, size, kind in (b"0", b"\x00", b"7"))
+            yield Member(name, payload, size, kind in (b"0", b"\x00", b"7"), kind)
             long_name, pax, last = None, {}, _shown(name)
         position = payload + size + padding(size)
     # Archives without the two empty blocks at the end exist and are readable; one that stops inside a member is not

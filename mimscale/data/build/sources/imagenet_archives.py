@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mimscale.data import decode
+from mimscale.data.build import tree
 from mimscale.data.build.listing import Found, safe_part, unique
 from mimscale.data.build.source import ScanTask, Source
-from mimscale.data.build.sources.devkit import synsets
-from mimscale.data.build.sources.image_folder import FLAT_CLASS, IMAGE_SUFFIXES
+from mimscale.data.build.sources.image_folder import files_beside
+from mimscale.data.build.sources.labels import numbered, read_labels, require_known
+from mimscale.data.build.tree import FLAT_CLASS, IMAGE_SUFFIXES
 from mimscale.data.errors import DamagedSample, ShardError
 from mimscale.data.shards.tar import Member, TarError, walk
-from mimscale.files import open_regular, read_text
+from mimscale.files import open_regular
 from mimscale.wording import counted, printable
 
 
@@ -31,9 +34,9 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "replace")
 
 
-def _is_image(member: Member) -> bool:
-    base = _text(member.name).rsplit("/", 1)[-1]
-    return member.is_file and base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
+def _plain(name: bytes) -> str:
+    """A member's name without what does not matter in it: ``./`` before it, doubled slashes."""
+    return "/".join(part for part in _text(name).split("/") if part not in ("", "."))
 
 
 def _pread(descriptor: int, first: int, start: int, length: int) -> bytes:
@@ -45,109 +48,242 @@ def _stem(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ArchiveRange(ScanTask):
-    """The images of one class in a range of bytes of an archive.
+class Picture:
+    """An image in an archive: its plain name, and its first byte and length there."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Contents:
+    """What an archive holds.
+
+    Attributes:
+        images: in the order of their names; a tar's own order is that of whoever packed it.
+        tars: class tars, likewise.
+        aside: (where, why) of everything else.
+    """
+
+    images: list[Picture] = field(default_factory=list)
+    tars: list[Picture] = field(default_factory=list)
+    aside: list[tuple[str, str]] = field(default_factory=list)
+
+
+def contents(descriptor: int, members: Iterable[Member], archive: str) -> Contents:
+    """Sort the members of an archive into images, tars and what is left out."""
+    found = Contents()
+    last_of: dict[str, Picture] = {}
+    kinds: dict[str, int] = {}
+    folders: set[str] = set()
+    for member in members:
+        name = _plain(member.name)
+        if not member.is_file:
+            if member.kind == b"5":
+                folders.add(name)
+            else:
+                why = {b"1": tree.IS_HARD_LINK, b"2": tree.IS_LINK}.get(member.kind, tree.IS_NO_FILE)
+                found.aside.append((f"{archive}: {name}", why))
+            continue
+        kind = tree.kind_of(name.rpartition("/")[2], partial(_head, descriptor, member))
+        if any(part.startswith(".") and part != ".." for part in name.split("/")):
+            kind = tree.HIDDEN
+        if kind in (tree.HIDDEN, tree.OTHER):
+            found.aside.append((f"{archive}: {name}", tree.IS_HIDDEN if kind == tree.HIDDEN else tree.why_not(name)))
+            continue
+        if name in last_of:  # as tar unpacks it, the last one stands
+            found.aside.append((f"{archive}: {name}", tree.IS_REPEATED))
+        last_of[name], kinds[name] = Picture(name, member.offset, member.size), kind
+    ordered = sorted(last_of.values(), key=lambda picture: os.fsencode(picture.name))
+    found.images = [picture for picture in ordered if kinds[picture.name] == tree.IMAGE]
+    found.tars = [picture for picture in ordered if kinds[picture.name] == tree.TAR]
+    held = {parent for name in last_of for parent in _parents(name)}
+    found.aside += [
+        (f"{archive}: {name}", tree.IS_EMPTY) for name in sorted(folders - held - {""}) if not _below(name, folders)
+    ]
+    return found
+
+
+def _below(name: str, folders: set[str]) -> bool:
+    return any(other.startswith(f"{name}/") for other in folders)
+
+
+def _parents(name: str) -> Iterable[str]:
+    at = name.find("/")
+    while at >= 0:
+        yield name[:at]
+        at = name.find("/", at + 1)
+
+
+def _head(descriptor: int, member: Member) -> bytes:
+    return os.pread(descriptor, min(member.size, tree.HEAD_BYTES), member.offset)
+
+
+class _Names(tree.Tree):
+    """The members of a tar as the rule for classes sees them."""
+
+    def __init__(self, found: Contents):
+        self._here: dict[str, dict[int, list[str]]] = defaultdict(lambda: {tree.IMAGE: [], tree.TAR: []})
+        self._count: dict[str, int] = defaultdict(int)
+        self._folders: dict[str, set[str]] = defaultdict(set)
+        for kind, pictures in ((tree.IMAGE, found.images), (tree.TAR, found.tars)):
+            for picture in pictures:
+                parts = picture.name.split("/")
+                self._here["".join(f"{part}/" for part in parts[:-1])][kind].append(parts[-1])
+                if kind == tree.IMAGE:
+                    for depth in range(len(parts)):
+                        place = "".join(f"{part}/" for part in parts[:depth])
+                        self._count[place] += 1
+                        if depth < len(parts) - 1:
+                            self._folders[place].add(parts[depth])
+
+    def folders(self, place: str) -> list[str]:
+        return sorted(self._folders.get(place, ()))
+
+    def loose(self, place: str) -> list[str]:
+        return self._here[place][tree.IMAGE]
+
+    def tars(self, place: str) -> list[str]:
+        return self._here[place][tree.TAR]
+
+    def images(self, place: str) -> int:
+        return self._count[place]
+
+
+@dataclass(frozen=True)
+class ArchiveImages(ScanTask):
+    """The images of one class in an archive.
 
     Attributes:
         archive: path of the archive.
-        start: first byte of the tar that holds the class.
-        end: where that tar must have ended, -1 for the end of the file.
         label: the class.
         prefix: what the class's keys start with.
         thorough: decode every image.
-        folder: only members below this folder; None takes all.
+        images: the images, named below the class's folder; None for a class tar, which is then walked.
+        start: first byte of the class tar.
+        end: where that must have ended, -1 for the end of the file.
         labels: label of each image by its name, where it differs between images; those without one get -1.
         prefixes: key prefixes by label, then.
+        aside: (where, why) of what is left out already.
     """
 
     archive: str
-    start: int
-    end: int
     label: int
     prefix: str
     thorough: bool
-    folder: str | None = None
+    images: tuple[Picture, ...] | None = None
+    start: int = 0
+    end: int = -1
     labels: dict[str, int] | None = None
-    prefixes: list[str] = field(default_factory=list)
+    prefixes: tuple[str, ...] = ()
+    aside: tuple[tuple[str, str], ...] = ()
 
-    def _members(self, descriptor: int, found: Found) -> list[Member]:
+    def _members(self, descriptor: int, found: Found) -> tuple[Picture, ...]:
+        if self.images is not None:
+            return self.images
         end = self.end if self.end >= 0 else os.fstat(descriptor).st_size
         members = []
         try:
             for member in walk(descriptor, self.start, end, self.archive):
-                if _is_image(member) and (self.folder is None or _text(member.name).startswith(self.folder + "/")):
-                    members.append(member)
+                members.append(member)
         except (TarError, OSError) as error:
             found.broken = str(error)
-        # By name, as the images of a folder are: a tar's own order is that of whoever packed it.
-        return sorted(members, key=lambda member: member.name)
+        held = contents(descriptor, members, self.archive)
+        found.aside += [*held.aside, *((f"{self.archive}: {tar.name}", tree.IS_NESTED) for tar in held.tars)]
+        return tuple(held.images)
 
     def run(self) -> Found:
         """List the class; every image's structure is looked at."""
-        found = Found(self.archive, self.label, labels=None if self.labels is None else [])
+        found = Found(self.archive, self.label, labels=None if self.labels is None else [], aside=list(self.aside))
         descriptor = open_regular(self.archive)
         try:
-            members = self._members(descriptor, found)
-            skip = len(self.folder) + 1 if self.folder else 0
-            names = [_text(member.name)[skip:] for member in members]
-            for member, name, stem in zip(members, names, unique(names, _stem), strict=True):
+            images = self._members(descriptor, found)
+            stems = unique([image.name for image in images], _stem)
+            for image, stem in zip(images, stems, strict=True):
                 try:
-                    read = partial(_pread, descriptor, member.offset)
-                    kind = decode.identify(read, member.size, self.thorough)
+                    kind = decode.identify(partial(_pread, descriptor, image.offset), image.size, self.thorough)
                 except (DamagedSample, OSError) as error:
                     why = error.strerror if isinstance(error, OSError) else str(error)
-                    found.rejected.append((f"{self.archive}: {name}", why or "cannot be read"))
+                    found.rejected.append((f"{self.archive}: {image.name}", why or "cannot be read"))
                     continue
                 prefix = self.prefix
                 if self.labels is not None and found.labels is not None:
-                    label = self.labels.get(PurePosixPath(name).name, -1)
+                    label = self.labels.get(image.name, -1)
                     found.labels.append(label)
                     prefix = self.prefixes[label] if label >= 0 else FLAT_CLASS
                 found.keys.append(f"{prefix}/{stem}".encode())
-                found.offsets.append(member.offset)
-                found.sizes.append(member.size)
+                found.offsets.append(image.offset)
+                found.sizes.append(image.size)
                 found.kinds.append(kind)
         finally:
             os.close(descriptor)
         return found
 
 
-def _outer_members(path: Path) -> list[Member]:
+def _opened(path: Path) -> Contents:
+    """What a tar holds.
+
+    Raises:
+        ShardError: it is damaged, packed, or cannot be read.
+    """
     try:
         with os.fdopen(open_regular(path), "rb", buffering=0) as file:
-            return [m for m in walk(file, 0, os.fstat(file.fileno()).st_size, str(path)) if m.is_file]
+            members = walk(file, 0, os.fstat(file.fileno()).st_size, str(path))
+            return contents(file.fileno(), members, str(path))
     except TarError as error:
         raise ShardError(f"{error}; the archive is damaged or incomplete, fetch it again") from None
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def _is_tar(entry: Path) -> bool:
+    return entry.name.lower().endswith(tree.TAR_SUFFIX) and not entry.name.startswith(".")
+
+
 class ClassTars(Source):
     """Class tars, in an archive of their own or in a folder; a tar's name without its suffix is the class.
 
     Raises:
-        ShardError: none in it, or the archive is damaged.
+        ShardError: none in it, two of one class, images beside them, or the archive is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path.resolve()
+        self._aside: tuple[tuple[str, str], ...] = ()
         if path.is_dir():
-            tars = sorted(entry for entry in self.path.iterdir() if entry.suffix == ".tar" and entry.is_file())
-            self._parts = {tar.stem: (str(tar), 0, -1) for tar in tars}
+            tars = sorted(entry for entry in self.path.iterdir() if _is_tar(entry) and entry.is_file())
+            names = [tar.name for tar in tars]
+            parts = [(str(tar), 0, -1) for tar in tars]
+            loose, self._aside = files_beside(self.path, set(names))
         else:
-            inner = [(PurePosixPath(_text(m.name)), m) for m in _outer_members(self.path)]
-            self._parts = {
-                name.stem: (str(self.path), m.offset, m.offset + m.size) for name, m in inner if name.suffix == ".tar"
-            }
-        if not self._parts:
+            held = _opened(self.path)
+            names = [tar.name for tar in held.tars]
+            parts = [(str(self.path), tar.offset, tar.offset + tar.size) for tar in held.tars]
+            loose, self._aside = [image.name for image in held.images], tuple(held.aside)
+        if not parts:
             raise ShardError(f"{path}: no class tars in it")
+        if loose:
+            raise ShardError(
+                f"{path}: {counted(len(loose), 'image')} ({printable(loose[0], 100)}) beside {counted(len(parts), 'class tar')}: "
+                "classes are tars or folders; move one of them away"
+            )
+        tree.refuse_splits([name.split("/")[0].removesuffix(tree.TAR_SUFFIX) for name in names], str(path))
+        stems = [name.rpartition("/")[2][: -len(tree.TAR_SUFFIX)] for name in names]
+        if len(set(stems)) < len(stems):
+            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            raise ShardError(f"{path}: two class tars of the name {printable(twice)}; give each class one")
+        self._parts = dict(zip(stems, parts, strict=True))
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """A folder with tars in it, or a tar of tars."""
+        """A folder with tars in it, or a tar whose tars are in no folder with images."""
         if path.is_dir():
-            return any(entry.suffix == ".tar" for entry in path.iterdir())
-        return path.suffix != ".json" and any(_text(m.name).endswith(".tar") for m in _outer_members(path))
+            return any(_is_tar(entry) for entry in path.iterdir())
+        if path.suffix == ".json":
+            return False
+        held = _opened(path)
+        return bool(held.tars) and (not held.images or any("/" not in tar.name for tar in held.tars))
 
     @property
     def classes(self) -> list[str]:
@@ -160,39 +296,47 @@ class ClassTars(Source):
         Raises:
             ShardError: a class that ``label_of`` does not know.
         """
-        _require_known(self.path, self.classes, label_of)
+        require_known(str(self.path), self.classes, label_of)
         prefix_of = dict(zip(label_of, unique(label_of), strict=True))
-        return [
-            ArchiveRange(*self._parts[name], label_of[name], prefix_of[name], thorough)
-            for name in self.classes
-        ]  # fmt: skip
+        tasks: list[ScanTask] = []
+        for name in self.classes:
+            archive, start, end = self._parts[name]
+            aside = () if tasks else self._aside
+            tasks.append(
+                ArchiveImages(archive, label_of[name], prefix_of[name], thorough, start=start, end=end, aside=aside)
+            )
+        return tasks
 
 
 class PlainTar(Source):
-    """A tar of images: one folder a class, or flat with its labels in a file (ImageNet's validation images).
+    """A tar of images: one folder a class (see :mod:`mimscale.data.build.tree`), or flat with its labels in a file.
 
     Args:
         path: the tar.
-        labels: see :func:`read_labels`; without it, folders in the tar are the classes, and a flat tar is one class.
+        labels: see :func:`mimscale.data.build.sources.labels.read_labels`; without it, folders in the tar are the classes,
+            and a flat tar is one class.
 
     Raises:
-        ShardError: no images in it, or it is damaged.
+        ShardError: no images in it, images beside class folders, a tar of splits, or it is damaged.
     """
 
     options = frozenset({"labels"})
 
     def __init__(self, path: Path, labels: Path | None = None):
         self.path = path.resolve()
-        names = [_text(member.name) for member in _outer_members(self.path) if _is_image(member)]
-        if not names:
+        held = _opened(self.path)
+        if not held.images:
             raise ShardError(f"{path}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
-        by_class: dict[str, int] = defaultdict(int)
-        for name in names:
-            by_class[str(PurePosixPath(name).parent)] += 1
-        self._folders = {} if labels or list(by_class) == ["."] else {PurePosixPath(f).name: f for f in by_class}
-        if self._folders and len(self._folders) < len(by_class):
-            raise ShardError(f"{path}: two folders in it have the same name")
-        self._class_of = read_labels(labels, sorted({PurePosixPath(name).name for name in names})) if labels else None
+        self._images = held.images
+        self._class_of: dict[str, str] | None = None
+        unused: tuple[tuple[str, str], ...] = ()
+        self._classes = tree.Classes()
+        if labels:
+            self._class_of, unused = read_labels(labels, [image.name for image in held.images])
+        else:
+            self._classes = tree.find_classes(_Names(held), str(path))
+        nested = [(f"{self.path}: {tar.name}", tree.IS_NESTED) for tar in held.tars]
+        self._aside = (*held.aside, *nested, *unused)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -203,8 +347,8 @@ class PlainTar(Source):
     def classes(self) -> list[str]:
         """Names of its classes, sorted."""
         if self._class_of is not None:
-            return sorted({name for name in self._class_of.values() if isinstance(name, str)})
-        return sorted(self._folders) or [FLAT_CLASS]
+            return sorted(set(self._class_of.values()))
+        return self._classes.names or [FLAT_CLASS]
 
     def tasks(self, label_of: dict[str, int], thorough: bool = False) -> list[ScanTask]:
         """One task for each folder in the tar.
@@ -212,83 +356,32 @@ class PlainTar(Source):
         Raises:
             ShardError: a class that ``label_of`` does not know.
         """
-        archive, prefixes = str(self.path), unique(label_of)
+        archive, prefixes = str(self.path), tuple(unique(label_of))
+        everything = tuple(self._images)
         if self._class_of is not None:
-            _require_known(self.path, self.classes, label_of)
-            if any(isinstance(value, int) and not 0 <= value < len(label_of) for value in self._class_of.values()):
-                raise ShardError(f"{self.path}: its labels go beyond the {counted(len(label_of), 'class')} to train on")
-            numbers = {n: value if isinstance(value, int) else label_of[value] for n, value in self._class_of.items()}
-            return [ArchiveRange(archive, 0, -1, -1, "", thorough, labels=numbers, prefixes=prefixes)]
-        if not self._folders:
-            return [ArchiveRange(archive, 0, -1, label_of.get(FLAT_CLASS, -1), FLAT_CLASS, thorough)]
-        _require_known(self.path, self.classes, label_of)
+            labels = numbered(self._class_of, label_of, archive)
+            return [
+                ArchiveImages(
+                    archive, -1, "", thorough, everything, labels=labels, prefixes=prefixes, aside=self._aside
+                )
+            ]
+        if not self._classes.names:
+            label = label_of.get(FLAT_CLASS, -1)
+            return [ArchiveImages(archive, label, FLAT_CLASS, thorough, everything, aside=self._aside)]
+        require_known(archive, self.classes, label_of)
+        skip = len(self._classes.place)
+        of_class: dict[str, list[Picture]] = defaultdict(list)
+        for image in self._images:
+            name, _, below = image.name[skip:].partition("/")
+            of_class[name].append(Picture(below, image.offset, image.size))
         return [
-            ArchiveRange(archive, 0, -1, label_of[name], prefixes[label_of[name]], thorough, folder=self._folders[name])
-            for name in self.classes
-        ]
-
-
-def _require_known(path: Path, classes: list[str], label_of: dict[str, int]) -> None:
-    if unknown := [name for name in classes if name not in label_of]:
-        raise ShardError(
-            f"{path}: {counted(len(unknown), 'class')} not in the training images: {', '.join(map(printable, unknown[:5]))}"
-        )
-
-
-def read_labels(path: Path, names: list[str]) -> dict[str, str | int]:
-    """The class of each held-out image.
-
-    Three forms are known: a line "NAME CLASS" an image, with a class name or a number in the sorted class names; a
-    class name a line, in the order of the image names; and the devkit's ``ILSVRC2012_validation_ground_truth.txt``, a
-    number a line, with the devkit's ``meta.mat`` beside it, which gives the class of a number.
-
-    Args:
-        path: the file.
-        names: the images, sorted.
-
-    Returns:
-        Class name, or number in the sorted class names, by image name.
-
-    Raises:
-        ShardError: none of these, or not a class for every image.
-    """
-    try:
-        lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
-    except OSError as error:
-        raise ShardError(f"{path}: labels cannot be read ({error.strerror or error})") from None
-    if lines and all(len(line) == 2 for line in lines):
-        given = {PurePosixPath(name).name: int(value) if _is_number(value) else value for name, value in lines}
-        if missing := [name for name in names if name not in given]:
-            raise ShardError(
-                f"{path}: no label for {counted(len(missing), 'image')}, {printable(missing[0])} among them"
+            ArchiveImages(
+                archive,
+                label_of[name],
+                prefixes[label_of[name]],
+                thorough,
+                tuple(of_class[name]),
+                aside=() if number else self._aside,
             )
-        return {name: given[name] for name in names}
-    if len(lines) != len(names) or any(len(line) != 1 for line in lines):
-        raise ShardError(
-            f"{path}: {counted(len(lines), 'label')} for {counted(len(names), 'image')}; write one a line, or lines of NAME CLASS"
-        )
-    values = [line[0] for line in lines]
-    if all(_is_number(value) for value in values):
-        synset_of = _devkit_synsets(path)
-        if unknown := sorted({value for value in values if int(value) not in synset_of}):
-            raise ShardError(f"{path}: number {unknown[0]} is not in the devkit's meta.mat")
-        values = [synset_of[int(value)] for value in values]
-    return dict(zip(names, values, strict=True))
-
-
-def _is_number(text: str) -> bool:
-    """Whether it is a number of a class, or of the devkit's."""
-    return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-def _devkit_synsets(labels: Path) -> dict[int, str]:
-    """ILSVRC2012_ID to synset, from the devkit's own table: its numbers are not in the order of the synsets."""
-    folders = [labels.parent, labels.parent / "data", labels.parent.parent / "data"]
-    table = next((folder / "meta.mat" for folder in folders if (folder / "meta.mat").is_file()), None)
-    advice = "or give --val-labels a list of synsets, one an image"
-    if table is None:
-        raise ShardError(f"{labels} holds the devkit's numbers; put the devkit's meta.mat beside it, {advice}")
-    try:
-        return synsets(table)
-    except ShardError as error:
-        raise ShardError(f"{error}; restore it, {advice}") from None
+            for number, name in enumerate(self.classes)
+        ]
