@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,8 @@ class Found:
             else:
                 seen[identity] = f"{self.container}/{self.names[number]}"
         if second:
-            for column in (self.keys, self.names, self.offsets, self.sizes, self.kinds, self.labels):
+            columns: list[list[Any] | None] = [self.keys, self.names, self.offsets, self.sizes, self.kinds, self.labels]
+            for column in columns:
                 if column:
                     column[:] = [value for number, value in enumerate(column) if number not in second]
         self.identities = {}
