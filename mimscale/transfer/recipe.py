@@ -65,7 +65,7 @@ class FinetuneRecipe(RunRecipe):
             "extra_norm_every": 0,
         }.items()
     }
-    added = RunRecipe.added | {"finetune.layer_decay_of": "peak"}
+    added = RunRecipe.added | {"finetune.layer_decay_of": "peak", "model.learned_positions": False}
     later = (*RunRecipe.later, "finetune.layer_decay_of")
     pad_windows: ClassVar[bool] = False
 

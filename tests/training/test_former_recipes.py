@@ -71,7 +71,7 @@ def test_digests_of_a_studys_jobs_are_those_of_then(monkeypatch):
         "swinv2_8-cells_20-16-cells": "1ec19e816ce2867f",
         "vit_64-cells_1-600": "7d7631d3bcf7b91a",
         "vit_h-in1k_10-125000": "539c4ce4eb6fd46e",
-        "vit_h-in1k_10-125000-in1k": "5956a7829f46cc04",
+        "vit_h-in1k_10-125000-in1k": "51834f25111de3ab",
         "swinv2_b-in1k_20-250000-8-blocks": "4e4fbd01a2c6fa38",
         "swinv2_b-in1k_20-250000-8-blocks-in1k": "7f471d708216ac3f",
     }.items():
