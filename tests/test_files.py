@@ -102,3 +102,20 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     with pytest.raises(IsADirectoryError) as error:
         write_text(tmp_path / "notes", "new")
     assert error.value.filename == str(tmp_path / "notes")
+
+
+def test_what_is_durable_is_on_the_disk_before_and_after_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after a rename could else leave an empty file, or the old one, where the new one was announced."""
+    synced: list[tuple[int, str]] = []
+    path = tmp_path / "notes.txt"
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, path.read_text() if path.exists() else ""))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_text(path, "old")
+    assert synced == []
+    write_text(path, "new", durable=True)
+    assert synced == [(path.stat().st_ino, "old"), (tmp_path.stat().st_ino, "new")]

@@ -161,7 +161,11 @@ class ResidualNorm(nn.LayerNorm):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel, applied to patches that are cut out already: one matrix product."""
+    """A convolution whose stride is its kernel, applied to patches that are cut out already: one matrix product.
+
+    Its bias starts as torch's convolutions do, uniform within one over the root of a patch's numbers: neither SimMIM's nor
+    MAE's released code sets it. ``start`` draws the weight anew.
+    """
 
     def __init__(
         self,
@@ -173,7 +177,6 @@ class PatchProjection(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
         if start is not None:
             start(self.weight)
-            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Map patches (B, L, in_channels * patch * patch), to (B, L, out_channels) in the weights' dtype."""

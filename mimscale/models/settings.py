@@ -189,10 +189,15 @@ class VitTransferSettings(VitSettings):
     pretrained_image_size: Side | None = key(
         None, "Side of the images that its positions were trained at, pixels; null: the task's own."
     )
+    learned_positions: bool = key(
+        False,
+        "Train the positions, as MAE's fine-tuning does; they start at the source's, or else at the fixed sine-cosine ones.",
+    )
 
     def arguments(self, image_size: int, any_size: bool = False) -> dict[str, Any]:
         """See :meth:`EncoderSettings.arguments`."""
-        return super().arguments(self.pretrained_image_size or image_size)
+        learned = {"learned_positions": True} if self.learned_positions else {}
+        return super().arguments(self.pretrained_image_size or image_size) | learned
 
 
 SwinSettings.transfer, VitSettings.transfer = SwinTransferSettings, VitTransferSettings

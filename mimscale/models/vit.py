@@ -17,6 +17,16 @@ from mimscale.models.sizes import VIT_SIZES
 from mimscale.models.weights.vit_forms import VitTimm
 
 NORM_EPSILON = 1e-6
+HEAD_STD = 2e-5
+
+
+class VitHead(XavierLinear):
+    """A classifier that starts at nearly nothing: trunc_normal(2e-5) with a zero bias (MAE's fine-tuning)."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values; called by the constructor."""
+        trunc_normal(self.weight, HEAD_STD)
+        nn.init.zeros_(self.bias)
 
 
 class VitAttention(nn.Module):
@@ -138,7 +148,10 @@ def drop_positions(state: dict[str, torch.Tensor], name: str, dim: int, grid: tu
             "make the encoder with the img_size that it was trained at; it takes images of other sizes as they are"
         )
     if (stored.float() - expected).abs().max() > 1e-3:
-        raise ValueError(f"{name} in the file was learned: make the encoder with learned_positions=True")
+        raise ValueError(
+            f"{name} in the file was learned: make the encoder with learned_positions=True, which a fine-tuning recipe calls "
+            "model.learned_positions=true"
+        )
 
 
 class VitPatchEmbed(nn.Module):
@@ -401,7 +414,7 @@ class VisionTransformer(Encoder):
             self.norm, self.fc_norm = norm(), nn.Identity()
         self.head = nn.Identity()
         if num_classes:
-            self.head = XavierLinear(self.embed_dim, num_classes).to(weight.device, weight.dtype)
+            self.head = VitHead(self.embed_dim, num_classes).to(weight.device, weight.dtype)
 
     def set_grad_checkpointing(
         self,

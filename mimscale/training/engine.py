@@ -169,7 +169,7 @@ class Engine:
     Args:
         build: makes the module; called where its parameters shall live (partitioned from the start under ZeRO-3). Its
             ``encoder`` is what gets compiled; ``set_grad_checkpointing(enable, **options)`` has its blocks recomputed.
-        groups: parameter groups of the built module; a group's ``lr_scale`` multiplies the step's learning rate.
+        groups: parameter groups of the built module; a group's ``lr_scale`` is what :meth:`apply` makes its rate of.
         recipe: seed, optimizer settings, activation checkpointing.
         config: the reconciled DeepSpeed configuration.
         ranks: from :func:`start_ranks`.
@@ -286,8 +286,11 @@ class Engine:
                 self.engine.step()
         return self._over_ranks(total, stop_requested)
 
-    def apply(self, lr: float) -> float:
-        """Update the weights with the gradients that are there, at a learning rate.
+    def apply(self, rate: Callable[[float], float]) -> float:
+        """Update the weights with the gradients that are there.
+
+        Args:
+            rate: the learning rate of a parameter group, from its ``lr_scale``.
 
         Returns:
             The gradient's norm before clipping.
@@ -296,7 +299,7 @@ class Engine:
             CorruptedUpdateError: the norm is not finite, and the weights are corrupted.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = rate(group.get("lr_scale", 1.0))
         grad_norm = self._plain_grad_norm()
         self.engine.step()
         if grad_norm is None:

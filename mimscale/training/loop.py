@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from mimscale.training.engine import Engine, start_ranks, stop_ranks
 from mimscale.training.errors import CheckpointError, CorruptedUpdateError, TrainingError
 from mimscale.training.faults.lock import only_start
 from mimscale.training.faults.preemption import Preempted, StopRequests
-from mimscale.training.faults.recovery import StartingPoint, check_branch, check_resumable, starting_point
+from mimscale.training.faults.recovery import StartingPoint, check_branch, check_resumable, continued, starting_point
 from mimscale.training.faults.spikes import WINDOW, Apply, LeftOut, RollBack, Skip, SpikePolicy, Stop
 from mimscale.training.faults.watchdog import Watchdog, forget_end
 from mimscale.training.metrics import MetricsLog, Progress, RunLog, duration
 from mimscale.training.planning.counting import peak_bytes
 from mimscale.training.planning.throughput import device_peak
 from mimscale.training.ranks import Ranks, first_only, from_first, gather
+from mimscale.training.recipe import RunRecipe
 from mimscale.training.run_folder import RunFolder, saved_steps, step_name
 from mimscale.training.saver import Saver
-from mimscale.training.schedule import learning_rate
+from mimscale.training.schedule import rate_of
 from mimscale.training.task import Task, TaskBatch
 
 
@@ -85,6 +87,7 @@ def _prepare(task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ra
     first_only(lambda: _tidy(folder))
     start = starting_point(folder, recipe)
     left_out = LeftOut(folder.path / "left_out.json", ranks.is_first)
+    task.recipe = recipe = _continued(folder, recipe, start)
     # Checked before anything is written, so that a mistake leaves the folder as it was.
     first_only(lambda: check_resumable(folder, recipe, start))
     if start.source is not None:
@@ -115,6 +118,12 @@ def _prepare(task: Task, ds_config: dict[str, Any], folder: RunFolder, ranks: Ra
         watch=watch,
         peak_flops=device_peak(ranks.device, config["bf16"]["enabled"]) * ranks.world_size,
     )
+
+
+def _continued(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) -> RunRecipe:
+    found: list[RunRecipe] = []
+    first_only(lambda: found.append(continued(folder, recipe, start)))
+    return from_first(found[0] if found else recipe)
 
 
 def _settle(task: Task, ds_config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -241,13 +250,13 @@ class _Run:
         recipe = self.task.recipe
         self.log.skipped_samples(batch.skipped)
         self.watch.note("step", self.step + 1, batch.keys)
-        lr = learning_rate(recipe.schedule, recipe.learning_rate, recipe.train.iterations, self.step)
+        lr = rate_of(recipe, self.step)
         loss = self.engine.forward_backward(batch.tensors, stop_requested)
         decision = self.policy.judge(self.step, loss.mean, loss.bad_ranks)
         grad_norm, left_out = math.nan, None
         if isinstance(decision, Apply):
             try:
-                grad_norm = self.engine.apply(lr)
+                grad_norm = self.engine.apply(partial(rate_of, recipe, self.step))
                 self.updates += 1
             except CorruptedUpdateError as error:
                 decision = self.policy.judge_corruption(self.step, f"{error} at a loss of {loss.mean:.4g}")

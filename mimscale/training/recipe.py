@@ -136,6 +136,12 @@ class Schedule(Section):
     )
     decay_factor: Share = key(0.1, "kind=step: what each step down multiplies the rate by.", "section 3.4")
     final_lr_ratio: Probability = key(0.0, "kind=cosine and linear: rate at the end, as a share of the peak.")
+    released: bool | None = key(
+        None,
+        "As the released pre-training code: `warmup_lr` is for a batch of 512 and scaled with it, and every update has the "
+        "rate of the one before; null: with fidelity=released and mim.objective=simmim.",
+        "paper",
+    )
 
 
 class Train(Section):
@@ -211,7 +217,10 @@ class RunRecipe(Document):
     # then hold all of them.
     former: ClassVar[dict[str, Any]] = {}
     # Keys that have come since, which make no other recipe of one that leaves them at their default.
-    added: ClassVar[dict[str, Any]] = {"plugins": []}
+    added: ClassVar[dict[str, Any]] = {"plugins": [], "schedule.released": None}
+    # Keys of which runs from before them had another value than today's default: where a start does not give one, a run in
+    # the folder keeps its own.
+    later: ClassVar[tuple[str, ...]] = ("schedule.released",)
 
     plugins: Annotated[tuple[str, ...], Field(max_length=100)] = key(
         (), "Packages to import before the rest is read: they register encoders, objectives, targets, tasks or sources."
@@ -254,6 +263,25 @@ class RunRecipe(Document):
         """Keys that may differ between a run and its trunk, whose past it shares: those, and the length."""
         return free_keys(self, branch=True)
 
+    @property
+    def steps_as_released(self) -> bool:
+        """Whether rates are those that the released code's updates had, ``schedule.released``."""
+        return bool(self.schedule.released)
+
+    @property
+    def scales_peak_alone(self) -> bool:
+        """Whether a group's ``lr_scale`` leaves the schedule's two ends as they are."""
+        return False
+
+    @classmethod
+    def meant_then(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Keys in ``later`` that a recipe of a run lacks, dotted, with what runs had before there were such keys.
+
+        Args:
+            values: the recipe's, nested.
+        """
+        return {}
+
     def check_data_places(self) -> None:
         """Raise unless the recipe says where its data is.
 
@@ -290,8 +318,8 @@ class Recipe(RunRecipe):
 
     fidelity: Literal["paper", "released"] = key(
         "paper",
-        "Where the paper and its released code differ: the paper, or with released an l1 loss, and weight decay on the bias "
-        "MLP and the logit scale.",
+        "Where the paper and its released code differ: the paper, or with released an l1 loss, weight decay on the bias "
+        "MLP and the logit scale, and rates as in schedule.released.",
         "paper",
     )
     data: Data = Data()
@@ -309,6 +337,19 @@ class Recipe(RunRecipe):
                 mim["loss"] = section.losses.get(str(values.get("fidelity", "paper")))
             values = {**values, "mim": mim}
         return values
+
+    @property
+    def steps_as_released(self) -> bool:
+        """See :attr:`RunRecipe.steps_as_released`; MAE's own released code steps as the paper does."""
+        said = self.schedule.released
+        return self.fidelity == "released" and self.mim.objective == "simmim" if said is None else said
+
+    @classmethod
+    def meant_then(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Runs of either fidelity stepped as the paper's."""
+        held = values.get("schedule")
+        lacks = isinstance(held, dict) and "released" not in held
+        return {"schedule.released": False} if lacks and values.get("fidelity") == "released" else {}
 
     @property
     def mask(self) -> MaskGeometry:
@@ -368,12 +409,16 @@ def load_recipe(
 def stored_recipe(values: dict[str, Any], where: str, schema: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
     """The recipe that a run was trained with, from what its folder or a checkpoint holds.
 
-    Runs from before encoders and objectives had keys of their own hold those of all; what belongs to another is left out.
+    Runs from before encoders and objectives had keys of their own hold those of all; what belongs to another is left out. Keys
+    that have come since have the values that runs then had.
 
     Raises:
         RecipeError: it was changed into something that is no recipe of this kind, or a plug-in of its is not there.
     """
     schema.prepare(values)
+    for path, value in schema.meant_then(values).items():
+        name, leaf = path.split(".")
+        values = {**values, name: {**values[name], leaf: value}}
     former = [path.split(".") for path in schema.former]
     for name in dict.fromkeys(section for section, _ in former):
         held = values.get(name)

@@ -100,7 +100,7 @@ class Task(ABC):
 
     @abstractmethod
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """AdamW's parameter groups; ``lr_scale`` in one multiplies the schedule's rate."""
+        """AdamW's parameter groups; ``lr_scale`` in one is of the schedule's rate."""
 
     @abstractmethod
     def batches(self, step: int, ranks: Ranks) -> Iterator[TaskBatch]:

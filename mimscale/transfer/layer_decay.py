@@ -21,8 +21,9 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
 def layer_decay_groups(module: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups, one for each rate and kind of parameter.
 
-    A parameter of layer i has ``lr_scale = layer_decay ** (last - i)``, which multiplies the schedule's rate; parameters outside
-    the encoder are of the last layer. 1-D parameters, biases and what the encoder's ``no_weight_decay`` names do not decay.
+    A parameter of layer i has ``lr_scale = layer_decay ** (last - i)``, of the schedule's peak or of its every rate
+    (``finetune.layer_decay_of``); parameters outside the encoder are of the last layer. 1-D parameters, biases and what the
+    encoder's ``no_weight_decay`` names do not decay.
 
     Args:
         module: has an ``encoder`` that speaks timm's dialect.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from mimscale.models.settings import EncoderSettings
 from mimscale.registry import RegistryError, encoders, tasks
@@ -28,6 +28,12 @@ class Finetune(Section):
     )
     layer_decay: Share = key(
         1.0, "What a layer's learning rate is of the next layer's.", "ours; section 3.5 has one for each task and size"
+    )
+    layer_decay_of: Literal["peak", "rate"] = key(
+        "peak",
+        "What it multiplies: the peak alone, so that all layers share the first and the last rate; or the rate of every step, "
+        "as MAE's and mmsegmentation's fine-tuning do.",
+        "released code",
     )
 
 
@@ -59,11 +65,25 @@ class FinetuneRecipe(RunRecipe):
             "extra_norm_every": 0,
         }.items()
     }
+    added = RunRecipe.added | {"finetune.layer_decay_of": "peak", "model.learned_positions": False}
+    later = (*RunRecipe.later, "finetune.layer_decay_of")
     pad_windows: ClassVar[bool] = False
 
     task: str = key(..., "Which task.", "section 3.5")
     model: Annotated[EncoderSettings, ChosenBy("name", None, transfer_settings, encoders.names)]
     finetune: Finetune = Finetune()
+
+    @property
+    def scales_peak_alone(self) -> bool:
+        """See :attr:`mimscale.training.recipe.RunRecipe.scales_peak_alone`."""
+        return self.finetune.layer_decay_of == "peak"
+
+    @classmethod
+    def meant_then(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Runs multiplied every rate."""
+        held = values.get("finetune")
+        lacks = isinstance(held, dict) and "layer_decay_of" not in held
+        return {"finetune.layer_decay_of": "rate"} if lacks else {}
 
 
 def find_task(name: object) -> Any:

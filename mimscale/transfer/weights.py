@@ -4,6 +4,8 @@ Dropped by name, because a task has none of them: decoders, the mask token, the 
 pooling norm that belongs to it) of whatever the source was trained for. New by name: the task's own head. Anything else
 that is missing or left over is an error.
 
+A ViT's positions are learned (``model.learned_positions``) from the source's, or from the fixed ones.
+
 SwinV2's position bias is a function of coordinates, evaluated anew for a window of another size, so weights move from 192 px
 and window 12 to 224 px and window 14 as they are; the encoder only has to know which window they were trained in.
 """
@@ -95,12 +97,16 @@ def encoder_weights(source: str, encoder: Any) -> Callable[[str], Tensor | None]
         if name.startswith(prefix)
     }
     wanted = _match(encoder, shapes, str(checkpoint.path))
-    return lambda name: checkpoint.trained(prefix + name) if name in wanted else None
+    return lambda name: checkpoint.trained(prefix + name) if name in wanted and name in shapes else None
 
 
 def _match(encoder: Any, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Pair the encoder's parameters with stored ones, all heads left out."""
     bare = {name: value for name, value in state.items() if not name.removeprefix("encoder.").startswith(HEADS)}
+    # Positions that were worked out are stored nowhere; where they are to be learned, they start at that.
+    if getattr(encoder, "pos_embed", None) is not None:
+        inner = "encoder." if any(name.startswith("encoder.") for name in bare) else ""
+        bare.setdefault(f"{inner}pos_embed", encoder.fixed_positions())
     return match_checkpoint(encoder, bare, source)
 
 

@@ -150,6 +150,21 @@ def test_crops_have_the_distribution_of_torchvisions_random_resized_crop():
     assert augment.crop_box(numbers[0], 1000, 10, (0.67, 1), (3 / 4, 4 / 3)) == (493, 0, 13, 10)
 
 
+def test_crops_lie_at_every_place_of_an_image_equally_often():
+    """The first and the last row and column are places too: 3 x 4 of them for squares of 8 in 10 x 11 pixels."""
+    numbers = draws.uniforms(3, draws.CROP, np.arange(6000), augment.DRAWS_PER_CROP)
+    share = 64 / 110
+    boxes = [augment.crop_box(row, 10, 11, (share, share), (1.0, 1.0)) for row in numbers]
+    assert {box[2:] for box in boxes} == {(8, 8)}
+    places, counts = np.unique([box[:2] for box in boxes], axis=0, return_counts=True)
+    assert places.tolist() == [[top, left] for top in range(3) for left in range(4)]
+    assert np.abs(counts / 500 - 1).max() < 0.2
+    # Of the whole range of areas and ratios, boxes begin at the first and end at the last row and column.
+    top, left, h, w = np.array([augment.crop_box(row, 30, 40, (0.67, 1), (3 / 4, 4 / 3)) for row in numbers]).T
+    assert (top.min(), left.min(), (top + h).max(), (left + w).max()) == (0, 0, 30, 40)
+    assert ((top + h == 30) & (h < 30)).any() and ((left + w == 40) & (w < 40)).any()
+
+
 def test_a_crop_is_pillows_antialiased_resize_of_the_same_box(photos, photographs):
     stream = MIMStream(photos, "100", seed=5, global_batch=16, crops=CropSpec(flip=0.0))
     batch = stream.batch(0)

@@ -43,7 +43,7 @@ def trained(here, batches, photo_shards, *overrides, stage=0, bf16=False, micro=
     }
     settled = reconcile(config, recipe, split_batch(config, 8, 1, None), here.device.type == "cuda")
     engine = Engine(lambda: build_objective(recipe), lambda m: decay_groups(m, recipe), recipe, settled, here)
-    figures = [(engine.forward_backward(batch).mean, engine.apply(1e-3)) for batch in batches]
+    figures = [(engine.forward_backward(batch).mean, engine.apply(lambda scale: 1e-3 * scale)) for batch in batches]
     weights = {name: value for name, value in engine.full_state(lambda name: True) if "exp_avg" not in name}
     engine.close()
     return torch.tensor(figures, dtype=torch.float64), weights

@@ -51,6 +51,9 @@ def test_published_correlations_are_near_table_3(released):
     assert overfit.r == pytest.approx(printed["overfit_val"], abs=0.08)
     assert healthy.r == pytest.approx(printed["other_val"], abs=0.08)
     assert overfit.low < overfit.r < overfit.high < 0
+    by_length = Grid(tuple(released)).correlations(TOP1, "val_loss", shorter_alone=True)
+    assert [found.r for found in by_length] == pytest.approx([-0.799, -0.901], abs=5e-4)
+    assert [len(found.cells) for found in by_length] == [14, 49]
     assert correlation(released, TOP1, "train_loss") is None
 
 

@@ -99,6 +99,11 @@ def test_published_runs_give_table_3s_imagenet_row(of_published):
     assert row["Task"] == "ImageNet-1K top-1"
     assert abs(float(row["Overfitting, validation loss"]) - -0.79) < 0.08
     assert abs(float(row["Others, validation loss"]) - -0.90) < 0.08
+    assert row["Split by"] == "shorter training or smaller model"
+    by_length = rows(of_published / "table3.csv")[1]
+    assert (by_length["Task"], by_length["Split by"]) == ("ImageNet-1K top-1", "shorter training")
+    for group, printed in (("Overfitting", -0.79), ("Others", -0.90)):
+        assert abs(float(by_length[f"{group}, validation loss"]) - printed) < 0.01
     assert float(row["Overfitting, validation loss, paper"]) == -0.79
     assert float(row["Others, validation loss, paper"]) == -0.90
 

@@ -45,7 +45,7 @@ def trained(recipe, config, batches, average, *, left_out):
     for step, batch in enumerate(batches):
         loss = engine.forward_backward(batch).mean
         if step != left_out:
-            figures.append((loss, engine.apply(1e-3)))
+            figures.append((loss, engine.apply(lambda scale: 1e-3 * scale)))
             continue
         before = dict(engine.full_state(lambda name: True))
         engine.discard()

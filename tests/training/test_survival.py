@@ -1,7 +1,9 @@
 """Bad batches are left out or gone back before, and saving beside training writes what saving in line writes."""
 
 import json
+import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +178,28 @@ def test_a_checkpoint_still_being_written_is_none_yet(train, monkeypatch):
     run, _ = train("run", ZERO2)
     assert seen == [[], [3], [3, 6]]
     assert saved_steps(run) == [3, 6, 9]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(alone, shards, tmp_path, monkeypatch):
+    """Every file of it is synced before the folder gets its name, and the name after that."""
+    run, synced, named = tmp_path / "run", set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def noted_rename(self: Path, target: Path) -> Path:
+        if Path(target).name == "step_00000002":
+            files = {path.name: path.stat().st_ino in synced for path in self.iterdir()}
+            synced.discard((run / "checkpoints").stat().st_ino)
+            named.append(files)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    keys = [*SHORT, f"data.shards={shards}", "train.iterations=2"]
+    pretrain(load_recipe(ROOT / "launchers/recipes/demo.yaml", keys), {}, run)
+    assert len(named) == 1 and len(named[0]) >= 2
+    assert all(named[0].values()), named[0]
+    assert (run / "checkpoints").stat().st_ino in synced

@@ -203,6 +203,25 @@ def test_mixing_belongs_to_the_place_in_the_run():
     assert all(targets[row].topk(2).indices.tolist() in ([row, row ^ 1], [row ^ 1, row]) for row in range(8))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_labels_are_smoothed_also_where_nothing_is_mixed(smoothing):
+    """1 - e + e / K for the label and e / K for every other class, as the cross-entropy of label smoothing has them."""
+    labels, logits = torch.tensor([2, 0, 4]), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    plain = Mixing(5, mixup=0.0, cutmix=0.0, label_smoothing=smoothing, erasing=0.0)
+    images = torch.rand(3, 3, 16, 16)
+    same, targets = plain(images.clone(), labels, torch.arange(3))
+    assert torch.equal(same, images)
+    expected = torch.full((3, 5), smoothing / 5)
+    expected[range(3), labels] += 1 - smoothing
+    assert torch.allclose(targets, expected, atol=1e-7)
+    loss = -(targets * logits.log_softmax(1)).sum(1).mean()
+    theirs = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    mixed = Mixing(5, mixup=0.8, cutmix=1.0, label_smoothing=smoothing, erasing=0.0)
+    _, targets = mixed(torch.rand(2, 3, 16, 16), labels[:2], torch.arange(2))
+    assert torch.allclose(targets[:, [1, 3, 4]], torch.full((2, 3), smoothing / 5), atol=1e-6)
+
+
 def test_the_long_tail_has_three_groups():
     counts = ClassCounts(np.array([101, 100, 20, 19, 1, 0]))
     groups = {name: np.flatnonzero(classes).tolist() for name, classes in counts.shots().items()}

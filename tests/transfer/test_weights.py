@@ -12,6 +12,7 @@ from reference_swin_v2 import released_checkpoint, swin_features
 from safetensors.torch import save_file
 from training_runs import ROOT, TINY
 
+import mimscale
 from mimscale.cli import main
 from mimscale.mim import MAE
 from mimscale.models import create_encoder
@@ -22,6 +23,7 @@ from mimscale.training.pretraining.task import pretrain
 from mimscale.training.recipe import RecipeError, load_recipe
 from mimscale.transfer.layer_decay import layer_decay_groups
 from mimscale.transfer.recipe import load_finetune_recipe
+from mimscale.transfer.task import finetune
 from mimscale.transfer.weights import encoder_weights, make_encoder
 
 RECIPES = ROOT / "launchers/recipes/finetune"
@@ -65,11 +67,14 @@ def released(tmp_path_factory) -> tuple[dict[str, torch.Tensor], Path]:
 # -- layers ----------------------------------------------------------------------------------------------------------------
 
 
+STEM = ("cls_token", "pos_embed", "patch_embed")
+
+
 def expected_layer(name: str, recipe: str) -> int:
     """FACTS of the paper's released code: embedding 0, block j is j + 1, merging with the block before, the rest last."""
     parts = name.split(".")
     if recipe == "imagenet1k_vit_b":
-        return int(parts[1]) + 1 if parts[0] == "blocks" else 0 if parts[0] in ("cls_token", "patch_embed") else 13
+        return int(parts[1]) + 1 if parts[0] == "blocks" else 0 if parts[0] in STEM else 13
     if parts[0] == "patch_embed":
         return 0
     if parts[0] != "layers":
@@ -92,7 +97,7 @@ def test_every_parameter_has_its_layers_rate_and_decay(recipe):
         group = found[id(parameter)]
         assert group["lr_scale"] == pytest.approx(0.8 ** (last - expected_layer(name, recipe))), name
         kept = parameter.ndim == 1 or name.endswith("bias") or "cpb_mlp" in name or "logit_scale" in name
-        assert group["weight_decay"] == (0.0 if kept or name == "cls_token" else 0.05), name
+        assert group["weight_decay"] == (0.0 if kept or name in STEM else 0.05), name
     assert found[id(module.extra.weight)] | {"params": 0} == {"params": 0, "lr_scale": 1.0, "weight_decay": 0.05}
 
 
@@ -159,6 +164,62 @@ def test_a_vit_takes_maes_encoder_and_positions(tmp_path):
     with torch.no_grad():
         tokens = encoder(images, output="tokens")  # the final norm has gone
         assert torch.allclose(mae.encoder.norm(tokens), mae.encoder(images, output="tokens"), atol=1e-5)
+
+
+def test_a_vits_positions_are_learned_from_what_the_source_has(tmp_path):
+    """A released pre-training stores the fixed ones, an export none; a fine-tuned file has its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        settings = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+        mae = MAE(create_encoder("vit_b", img_size=64, **settings), decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    fixed = mae.encoder.fixed_positions()
+    for form, name in (("released", "mae.pth"), ("safetensors", "mae.safetensors")):
+        export_weights(mae, form, tmp_path / name)
+        encoder = encoder_of(*SMALL_VIT, recipe="imagenet1k_vit_b", size=64)
+        assert isinstance(encoder.pos_embed, torch.nn.Parameter)
+        start(encoder, tmp_path / name)
+        assert torch.allclose(encoder.pos_embed, fixed, atol=1e-6)
+    # As MAE's fine-tuning and timm write it, the class token's own position included.
+    with torch.no_grad():
+        encoder.pos_embed.add_(torch.linspace(-1, 1, encoder.pos_embed.numel()).view_as(encoder.pos_embed))
+    torch.save({"model": dict(encoder.named_parameters())}, tmp_path / "tuned.pth")
+    other = encoder_of(*SMALL_VIT, recipe="imagenet1k_vit_b", size=64, classes=11)
+    start(other, tmp_path / "tuned.pth")
+    assert torch.equal(other.pos_embed, encoder.pos_embed)
+    at_96 = encoder_of(*SMALL_VIT, "model.pretrained_image_size=64", recipe="imagenet1k_vit_b", size=96)
+    start(at_96, tmp_path / "tuned.pth")
+    assert at_96(photographs(1, 96)).shape == (1, 7)
+    with pytest.raises(CheckpointMismatch, match=r"model\.learned_positions=true"):
+        start(
+            encoder_of(*SMALL_VIT, "model.learned_positions=false", recipe="imagenet1k_vit_b", size=64),
+            tmp_path / "tuned.pth",
+        )
+
+
+def test_a_run_of_mae_is_fine_tuned_with_its_positions(alone, shards, tmp_path):
+    small = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2", "data.image_size=64", "data.workers=0"]
+    small += [f"data.shards={shards}", "data.validation_images=8", "train.global_batch=8", "train.iterations=2"]
+    decoder = ["mim.decoder_dim=16", "mim.decoder_depth=1", "mim.decoder_heads=2", "train.reconstructions=0"]
+    pretrain(load_recipe(ROOT / "launchers/recipes/mini_mae.yaml", [*small, *decoder]), {}, tmp_path / "mae")
+    keys = [*small, "model.drop_path=0", "schedule.warmup=0", f"finetune.from={tmp_path / 'mae'}"]
+    finetune(load_finetune_recipe(RECIPES / "imagenet1k_vit_b.yaml", keys), {}, tmp_path / "tuned")
+    encoder = mimscale.load(tmp_path / "tuned")
+    moved = (encoder.pos_embed - encoder.fixed_positions()).abs().max()
+    assert 0 < moved < 0.1  # two updates away from where they were fixed
+
+
+def test_a_vits_head_and_patches_start_as_maes():
+    """main_finetune.py: trunc_normal(2e-5); models_mae.py leaves the projection's bias as torch's convolution draws it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        encoder = create_encoder("vit_b", img_size=32, depth=1, num_classes=1000)
+    weight = encoder.head.weight.detach()
+    assert weight.std().item() == pytest.approx(2e-5, rel=0.01)
+    assert weight.abs().max() < 2e-4
+    assert not encoder.head.bias.any()
+    bias, bound = encoder.patch_embed.proj.bias.detach(), 1 / (3 * 16 * 16) ** 0.5
+    assert bias.abs().max() <= bound
+    assert bias.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 @pytest.fixture(scope="module")

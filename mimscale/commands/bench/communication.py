@@ -79,7 +79,7 @@ def count_steps(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     def train(steps: int) -> None:
         for _ in range(steps):
             engine.forward_backward((images, mask, torch.arange(split.local)))
-            engine.apply(1e-4)
+            engine.apply(lambda scale: 1e-4 * scale)
 
     train(WARM_UP)
     with CollectiveCounter() as counter:

@@ -81,7 +81,7 @@ def _ours(recipe: Recipe, config: dict[str, Any], ranks: Ranks, batch: tuple[tor
 
     def step() -> None:
         engine.forward_backward(batch)
-        engine.apply(LEARNING_RATE)
+        engine.apply(lambda scale: LEARNING_RATE * scale)
 
     return Contender(step, engine.close)
 

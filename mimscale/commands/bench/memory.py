@@ -131,7 +131,7 @@ def _train(recipe: Recipe, config: dict[str, Any], ranks: Ranks, steps: int, beg
         began()
         with record_function(STEP):
             engine.forward_backward((images, mask, torch.arange(local)))
-            engine.apply(recipe.learning_rate)
+            engine.apply(lambda scale: recipe.learning_rate * scale)
     engine.close()
 
 

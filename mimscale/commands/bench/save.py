@@ -44,7 +44,7 @@ def bench(recipe: Recipe, engine: Engine, folder: Path, steps: int) -> dict[str,
 
     def train() -> None:
         engine.forward_backward((images, mask, torch.arange(local)))
-        engine.apply(1e-5)
+        engine.apply(lambda scale: 1e-5 * scale)
 
     def step() -> float:
         return timed(train)

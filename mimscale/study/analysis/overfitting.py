@@ -22,7 +22,9 @@ class Overfit:
     reason: str
 
 
-def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[Cell, Overfit | None]:
+def overfitting(
+    found: Iterable[Cell], tolerance: float | None = None, shorter_alone: bool = False
+) -> dict[Cell, Overfit | None]:
     """Judge every cell that has a validation loss.
 
     A cell overfits where spending more on the same data made it worse: a shorter training of the same model, or a
@@ -34,6 +36,7 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
     Args:
         found: cells; only those of the same objective, decoder, sampling and batch are compared.
         tolerance: the rise of loss that still counts as none; by default from the spread of the seeds, 0 with one seed.
+        shorter_alone: a smaller model that did better is no evidence; a shorter training is.
 
     Returns:
         For each cell with a validation loss, the evidence, or ``None`` where there is none.
@@ -44,7 +47,7 @@ def overfitting(found: Iterable[Cell], tolerance: float | None = None) -> dict[C
     for cell in known:
         worst: Overfit | None = None
         for other in known:
-            why = "" if _trained_worse(cell, other) else _cheaper(other, cell)
+            why = "" if _trained_worse(cell, other) else _cheaper(other, cell, shorter_alone)
             rise = cell.val_loss - other.val_loss  # type: ignore[operator]
             allowed = of_seeds * math.sqrt((1 / cell.seeds + 1 / other.seeds) / 2) if tolerance is None else tolerance
             if why and rise > allowed and (worst is None or rise > worst.rise):
@@ -57,7 +60,7 @@ def _trained_worse(cell: Cell, other: Cell) -> bool:
     return cell.train_loss is not None and other.train_loss is not None and cell.train_loss >= other.train_loss
 
 
-def _cheaper(other: Cell, cell: Cell) -> str:
+def _cheaper(other: Cell, cell: Cell, shorter_alone: bool) -> str:
     """How ``other`` is a cheaper cell on the same data; empty where it is not."""
     a, b = other.first, cell.first
     same = (a.objective, a.decoder, a.sampling, a.dataset, a.global_batch)
@@ -65,6 +68,8 @@ def _cheaper(other: Cell, cell: Cell) -> str:
         return ""
     if a.model == b.model and a.iterations < b.iterations:
         return f"the shorter training of {length(a.iterations)}"
+    if shorter_alone:
+        return ""
     if a.iterations == b.iterations and a.parameters and b.parameters and a.parameters < b.parameters:
         return f"the smaller {title(a.model)}"
     return ""

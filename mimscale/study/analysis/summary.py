@@ -80,9 +80,25 @@ class Grid:
                 return other
         return None
 
-    def correlations(self, score: tuple[str, str], loss: str) -> tuple[Correlation | None, Correlation | None]:
-        """A loss with a score, over the cells that overfit and over those that do not (Table 3)."""
-        return correlation(self.overfit, score, loss), correlation(self.healthy, score, loss)
+    @cached_property
+    def verdicts_of_length(self) -> dict[Cell, Overfit | None]:
+        """As ``verdicts``, but by a shorter training that did better alone."""
+        return overfitting(self.cells, shorter_alone=True)
+
+    def correlations(
+        self, score: tuple[str, str], loss: str, shorter_alone: bool = False
+    ) -> tuple[Correlation | None, Correlation | None]:
+        """A loss with a score, over the cells that overfit and over those that do not (Table 3).
+
+        Args:
+            score: task and score.
+            loss: "val_loss" or "train_loss".
+            shorter_alone: split the cells by ``verdicts_of_length``, not by ``verdicts``.
+        """
+        verdicts = self.verdicts_of_length if shorter_alone else self.verdicts
+        overfit = [cell for cell, why in verdicts.items() if why]
+        healthy = [cell for cell, why in verdicts.items() if not why]
+        return correlation(overfit, score, loss), correlation(healthy, score, loss)
 
 
 @dataclass(frozen=True)

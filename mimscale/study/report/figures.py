@@ -359,7 +359,7 @@ def correlations(study: Analysis, style: Style) -> Picture:
         "figure7",
         "Figure 7. Pre-training losses and fine-tuning scores",
         "Lines of least squares: dashed for cells that overfit (hollow), solid for those that do not. "
-        "Table 3 holds the correlations.",
+        "Table 3 holds the correlations, and those of cells told apart by a shorter training alone.",
         panels,
         keys(style, Grid(grid.cells), [c for c in grid.verdicts if c.scores]),
     )

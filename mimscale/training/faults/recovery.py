@@ -12,7 +12,7 @@ from mimscale.training.checkpoint import Checkpoint
 from mimscale.training.errors import CheckpointError
 from mimscale.training.recipe import RecipeError, RunRecipe, stored_recipe
 from mimscale.training.run_folder import DamagedRecipe, RunFolder
-from mimscale.training.schedule import learning_rate
+from mimscale.training.schedule import rate_of
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,51 @@ def starting_point(folder: RunFolder, recipe: RunRecipe) -> StartingPoint:
 
 def same_past(old: RunRecipe, new: RunRecipe, step: int) -> bool:
     """Whether two runs that differ only in length had the same learning rates in their first ``step`` updates."""
-    return all(
-        learning_rate(old.schedule, old.learning_rate, old.train.iterations, s)
-        == learning_rate(new.schedule, new.learning_rate, new.train.iterations, s)
-        for s in range(step)
-    )
+    return all(rate_of(old, s) == rate_of(new, s) for s in range(step))
 
 
-def check_resumable(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) -> None:
-    """Raise unless ``recipe`` continues the run that is in the folder.
+def _saved(folder: RunFolder, kind: type[RunRecipe], start: StartingPoint) -> RunRecipe | None:
+    """The recipe of the run in the folder, if there is one.
 
     A checkpoint says more surely than ``recipe.yaml`` what was trained; without one, a damaged ``recipe.yaml`` is no run.
     Whoever has removed ``recipe.yaml`` wants no such check.
 
     Raises:
+        RecipeError: it is one of another kind.
+    """
+    if start.source is not None and start.resumed and os.path.lexists(folder.recipe):
+        return _recipe_of(start.source, kind)
+    with contextlib.suppress(DamagedRecipe):
+        return folder.saved_recipe(kind)
+    return None
+
+
+def _recipe_of(source: Checkpoint, kind: type[RunRecipe]) -> RunRecipe:
+    return stored_recipe(source.manifest["recipe"], str(source.path), kind)
+
+
+def continued(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) -> RunRecipe:
+    """``recipe``, but of the keys that have come since (``later``) those that it does not give are as in the run it continues.
+
+    Raises:
+        RecipeError: the run is one of another kind.
+    """
+    before = _recipe_of(start.source, type(recipe)) if start.source else _saved(folder, type(recipe), start)
+    for name, leaf in (path.split(".") for path in recipe.later):
+        section = getattr(recipe, name)
+        if before is not None and leaf not in section.model_fields_set:
+            kept = section.model_copy(update={leaf: getattr(getattr(before, name), leaf)})
+            recipe = recipe.model_copy(update={name: kept})
+    return recipe
+
+
+def check_resumable(folder: RunFolder, recipe: RunRecipe, start: StartingPoint) -> None:
+    """Raise unless ``recipe`` continues the run that is in the folder.
+
+    Raises:
         RecipeError: it differs in something that changes losses; each key is listed with both values.
     """
-    saved: RunRecipe | None = None
-    if start.source is not None and start.resumed and os.path.lexists(folder.recipe):
-        saved = stored_recipe(start.source.manifest["recipe"], str(start.source.path), type(recipe))
-    else:
-        with contextlib.suppress(DamagedRecipe):
-            saved = folder.saved_recipe(type(recipe))
+    saved = _saved(folder, type(recipe), start)
     if saved is None:
         return
     step = start.step
@@ -99,7 +122,7 @@ def check_branch(source: Checkpoint, recipe: RunRecipe) -> None:
     Raises:
         RecipeError: the trunk was another recipe, or had other learning rates up to the branch.
     """
-    trunk = stored_recipe(source.manifest["recipe"], str(source.path), type(recipe))
+    trunk = _recipe_of(source, type(recipe))
     differing = differences(trunk, recipe, recipe.branch_keys)
     if differing:
         raise RecipeError(
