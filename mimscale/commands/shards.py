@@ -130,11 +130,8 @@ def _build(options: argparse.Namespace) -> int:
     _list(options)
     if index.rewritten:
         print(f"rewritten, as neither JPEG nor PNG, or resized: {counted(index.rewritten, 'image')}")
-    if left_out := _left_out(options.out):
-        print(
-            f"{index.rejected} files could not be decoded, or had no class, and {len(left_out) - index.rejected:,} others were "
-            f"left out ({_kinds(left_out)}): {printable(options.out / REJECTED_NAME)} names them"
-        )
+    if (options.out / REJECTED_NAME).exists():
+        print(f"{_left_out(options.out, index.rejected)}: {printable(options.out / REJECTED_NAME)} names them")
     if empty := _empty_classes(options.out):
         print(f"{len(empty)} of {len(index.classes)} classes have no training image: {', '.join(empty[:10])}")
     if index.rejected > index.samples and not options.allow_loss:
@@ -145,13 +142,15 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _left_out(out: Path) -> list[str]:
-    """Why, for each file that a build left out."""
+def _left_out(out: Path, lost: int) -> str:
+    """How many files a build left out, and why; ``lost`` of them looked like images."""
+    said = f"{counted(lost, 'file')} could not be decoded, or had no class"
     try:
         lines = read_text(out / REJECTED_NAME, _MOST_REJECTED_BYTES).splitlines()
-    except OSError:
-        return []
-    return [line.rpartition("\t")[2] for line in lines]
+    except OSError as error:
+        return f"{said}, and others were left out ({printable(error.strerror)})"
+    reasons = [line.rpartition("\t")[2] for line in lines]
+    return f"{said}, and {len(reasons) - lost:,} others were left out ({_kinds(reasons)})"
 
 
 def _kinds(reasons: list[str]) -> str:

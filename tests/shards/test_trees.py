@@ -63,10 +63,19 @@ def test_a_tree_is_one_data_set_in_three_forms_and_nothing_is_left_out_without_a
     forms = {"folder": lay(root / "tree", files), "tar": packed(root / "a.tar", files)}
     forms["dots"] = packed(root / "b.tar", files, "./")
     forms["wrapped"] = packed(root / "c.tar", files, "train/")
+    classes = {name: {} for name in ("cat", "dog", "owl")}
+    for name, data in files.items():
+        folder, _, below = name.partition("/")
+        classes[folder][below] = data
+    held = {name: images for name, images in classes.items() if any(data != b"no picture" for data in images.values())}
+    lost = sum(map(len, classes.values())) - sum(map(len, held.values()))  # of a folder without images no tar is made
+    tars = {f"{name}.tar": packed(root / f"{name}.tar", images).read_bytes() for name, images in held.items()}
+    forms["class tars"] = packed(root / "d.tar", tars)
     made = {form: built(source, root / f"out_{form}") for form, source in forms.items()}
-    assert made["tar"] == made["dots"] == made["wrapped"] == made["folder"]
+    assert made["tar"] == made["dots"] == made["wrapped"] == made["class tars"] == made["folder"]
     for form in forms:
-        assert len(made[form]) + len(lines(root / f"out_{form}")) == len(files)
+        found = len(files) - (lost if form == "class tars" else 0)
+        assert len(made[form]) + len(lines(root / f"out_{form}")) == found
 
 
 def test_splits_and_loose_images_are_refused_in_every_form(pictures, tmp_path, capsys):

@@ -180,8 +180,8 @@ def refuse_splits(names: list[str], where: str) -> None:
     held_out = [name for name, match in found if match[2]]
     if (training and held_out) or (len(held_out) > 1 and len(found) == len(names)):
         first = training[0] if training else held_out[0]
+        shown = ", ".join(printable(name, 100) for name, _ in found)
         raise ShardError(
-            f"{where}: {', '.join(printable(name, 100) for name, _ in found)} are splits of a data set, not classes: "
-            f"give one of them "
-            f"as --source (.../{printable(first, 100)}) and one as --val; from a tar, unpack it or pack them one by one"
+            f"{where}: {shown} are splits of a data set, not classes: give one of them as --source (.../{printable(first, 100)}) "
+            "and one as --val; from a tar, unpack it or pack them one by one"
         )

@@ -263,13 +263,13 @@ class FolderClass(ScanTask):
         walk = _Walk(self.folder, self.root or self.folder, found.rejected, found.aside)
         images = sorted(walk.images())
         paths = [path for path, _ in images]
-        prefix: str | list[str] = self.prefix
-        if self.labels is not None:
-            found.labels = []
-            labels = [self.labels.get(path, -1) for path in paths]
-            prefix = [self.prefixes[label] if label >= 0 else FLAT_CLASS for label in labels]
-            return listed_images(found, paths, paths, prefix, self.thorough, {p for p, link in images if link}, labels)
-        return listed_images(found, paths, paths, prefix, self.thorough, {path for path, linked in images if linked})
+        linked = {path for path, is_linked in images if is_linked}
+        if self.labels is None:
+            return listed_images(found, paths, paths, self.prefix, self.thorough, linked)
+        found.labels = []
+        labels = [self.labels.get(path, -1) for path in paths]
+        prefix = [self.prefixes[label] if label >= 0 else FLAT_CLASS for label in labels]
+        return listed_images(found, paths, paths, prefix, self.thorough, linked, labels)
 
 
 def listed_images(
